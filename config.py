@@ -1,0 +1,76 @@
+"""Settings and mistakes, the same way for every script.
+
+A script declares its settings as a dataclass; `load_settings` fills it from an optional YAML file and `key=value`
+(or `--key value`) words, later ones winning: `python train.py configs/nano.yaml steps=100 --out runs/a`.
+"""
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+
+import yaml
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave. Its text is one line: what is wrong, where, and what to do."""
+
+
+def load_settings(cls, argv):
+    """Fill the dataclass `cls` from `argv`: YAML files, `key=value` and `--key value` words, in that order of reading.
+
+    Raises InputError on an unknown key, a value of the wrong type, or a file that is missing or not a YAML mapping.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if "-h" in argv or "--help" in argv:
+        print(sys.modules[cls.__module__].__doc__, "\nSettings (key=value) and their defaults:")
+        print("\n".join(f"  {name}={getattr(cls(), name)!r}" for name in fields))
+        raise SystemExit(0)
+    values, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--") and "=" not in word:
+            if not words:
+                raise InputError(f"{word} has no value; write {word} VALUE")
+            word = f"{word}={words.pop(0)}"
+        if "=" in word:
+            key, text = word.removeprefix("--").split("=", 1)
+            new, where = {key.replace("-", "_"): text}, "command line"
+        else:
+            new, where = _read_yaml(word), word
+        for key, value in new.items():
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, 1)
+                raise InputError(f"{where}: unknown setting '{key}'" + (f", did you mean '{near[0]}'?" if near else
+                                 f"; known ones: {', '.join(fields)}"))
+            values[key] = _convert(key, value, fields[key].type, where)
+    return cls(**values)
+
+
+def _read_yaml(path):
+    try:
+        loaded = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as e:
+        raise InputError(f"{path}: cannot read this settings file ({e.strerror}); give a YAML file or key=value") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: a settings file holds 'key: value' lines, this one holds a {type(loaded).__name__}")
+    return loaded
+
+
+def _convert(key, value, kind, where):
+    """`value` (a YAML value or the text of a command-line word) as `kind`: bool, int, float or str."""
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = yaml.safe_load(value)
+            if kind is float and isinstance(value, str):
+                value = float(value)  # YAML 1.1 reads 1e-3 as text
+        except (yaml.YAMLError, ValueError):
+            pass
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is str and type(value) in (int, float):
+        value = str(value)
+    if type(value) is not kind:
+        raise InputError(f"{where}: '{key}' must be {kind.__name__}, not {value!r}")
+    return value
