@@ -1,0 +1,580 @@
+"""Speech to codes and back: NanoCodec in plain PyTorch, our own small MiniCodec, the FSQ they share, and audio files.
+
+One frame is 1764 samples at 22,050 Hz (12.5 frames a second); each frame becomes K independent codes, one per codebook.
+A codec is `load_codec(path)`; `encode` and `decode` are its whole interface:
+
+    audio (B, N) --encoder--> z (B, K*D, T) --FSQ--> codes (B, K, T) --FSQ^-1--> z^ (B, K*D, T) --decoder--> audio
+
+NanoCodec (Casanova et al. 2025, arXiv 2508.05835; spec 10) is an inverted HiFi-GAN, FSQ (Mentzer et al. 2023,
+arXiv 2309.15505) and a causal HiFi-GAN. Its architecture is read from the archive, so any size loads.
+Left out, since inference needs none of it: the discriminators, the losses, and weight norm (folded at loading).
+"""
+import io
+import json
+import math
+import os
+import pickle
+import re
+import tarfile
+import zlib
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import scipy.signal
+import soundfile
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+from config import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finite scalar quantisation
+
+
+class FSQ(nn.Module):
+    """K independent codebooks, each a grid over D numbers: number d is rounded to one of `levels[d]` values in [-1, 1].
+
+    A code is the D digits of its grid point in mixed radix, `levels[0]` the lowest digit; C = prod(levels) codes.
+    """
+
+    def __init__(self, levels, num_codebooks, eps=1e-3):
+        super().__init__()
+        self.num_codebooks, self.codebook_size, self.eps = num_codebooks, math.prod(levels), eps
+        bases = [math.prod(levels[:d]) for d in range(len(levels))]
+        # not persistent: they follow from the settings, so they stay out of checkpoints
+        self.register_buffer("levels", torch.tensor(levels)[:, None], persistent=False)  # (D, 1)
+        self.register_buffer("bases", torch.tensor(bases)[:, None], persistent=False)  # (D, 1)
+
+    def forward(self, z):
+        """z (B, K*D, T), unbounded -> (quantised (B, K*D, T) in [-1, 1], codes (B, K, T) int64).
+
+        Rounding passes the gradient straight through, so the same call serves training.
+        """
+        z = z.unflatten(1, (self.num_codebooks, -1))  # (B, K, D, T)
+        # Squash to the open interval that rounds to exactly `levels` integers; an even number of levels has no middle,
+        # so it is moved by a half. (tan is NeMo's; atanh would send 0 to 0 exactly, but the weights expect tan.)
+        half_width = (self.levels - 1) / 2 * (1 - self.eps)
+        offset = 0.5 * (self.levels % 2 == 0)
+        bounded = half_width * torch.tanh(z + torch.tan(offset / half_width)) - offset
+        rounded = bounded + (bounded.round() - bounded).detach()
+        digits = bounded.detach().round().long() + self.levels // 2  # (B, K, D, T), 0 .. levels-1
+        return (rounded / (self.levels // 2)).flatten(1, 2), (digits * self.bases).sum(2)
+
+    def decode(self, codes):
+        """codes (B, K, T) in 0..C-1 -> the grid points they name, (B, K*D, T) in [-1, 1]."""
+        digits = codes.long()[:, :, None] // self.bases % self.levels  # (B, K, D, T)
+        return ((digits - self.levels // 2) / (self.levels // 2)).flatten(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NanoCodec
+
+
+def length_mask(lengths, size):
+    """(B,) lengths -> (B, size) bool, true inside each item."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+class Conv(nn.Conv1d):
+    """1-d convolution that pads its own input: causally with zeros, or on both sides with the edge values."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, dilation=1, causal=False):
+        self.causal, self.span = causal, (kernel - 1) * dilation
+        padding = {} if causal else {"padding": (self.span + 2 - stride) // 2, "padding_mode": "replicate"}
+        super().__init__(c_in, c_out, kernel, stride, dilation=dilation, **padding)
+
+    def forward(self, x, lengths=None):
+        """x (B, c_in, T) -> (B, c_out, T / stride); `lengths` (B,) or None (all T) matter to a non-causal one only."""
+        if self.causal:
+            return super().forward(F.pad(x, (self.span, 0)))
+        if lengths is not None:
+            # Repeat an item's last step through its padding: then it sees the edge it would see alone. (NeMo puts zeros
+            # there, so that its codes of the last frames depend on what else is in the batch.)
+            index = torch.arange(x.shape[-1], device=x.device).minimum(lengths[:, None] - 1)  # (B, T)
+            x = x.gather(2, index[:, None].expand_as(x))
+        return super().forward(x)
+
+
+class UpConv(nn.ConvTranspose1d):
+    """Causal transposed convolution, T -> T * rate: what would look ahead is cut off at the right."""
+
+    def __init__(self, c_in, c_out, rate, groups):
+        super().__init__(c_in, c_out, 2 * rate, rate, groups=groups)
+
+    def forward(self, x):
+        return super().forward(x)[..., :-self.stride[0]]
+
+
+class HalfSnake(nn.Module):
+    """Snake, x + sin^2(alpha x) / alpha, on the first half of the channels; leaky ReLU on the rest."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, channels // 2, 1))
+
+    def forward(self, x):
+        snake, rest = x.tensor_split([self.alpha.shape[1]], dim=1)
+        snake = snake + torch.sin(self.alpha * snake).square() / (self.alpha + 1e-9)
+        return torch.cat([snake, F.leaky_relu(rest)], dim=1)
+
+
+def leaky_relu(channels):
+    """The encoder's activation; `channels` is there because HalfSnake, the decoder's, needs it."""
+    return nn.LeakyReLU()
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(conv_dilated(act(x)))), both convolutions of one kernel size."""
+
+    def __init__(self, channels, kernel, dilation, activation, causal):
+        super().__init__()
+        self.input_activation, self.skip_activation = activation(channels), activation(channels)
+        self.input_conv = Conv(channels, channels, kernel, dilation=dilation, causal=causal)
+        self.skip_conv = Conv(channels, channels, kernel, causal=causal)
+
+    def forward(self, x, lengths=None):
+        y = self.input_conv(self.input_activation(x), lengths)
+        return x + self.skip_conv(self.skip_activation(y), lengths)
+
+
+class ResidualLayer(nn.ModuleList):
+    """HiFi-GAN's multi-receptive field: the mean over kernel sizes of a chain of residual blocks over dilations."""
+
+    def __init__(self, channels, kernels, dilations, activation, causal):
+        super().__init__(nn.ModuleList(ResidualBlock(channels, k, d, activation, causal) for d in dilations)
+                         for k in kernels)
+
+    def forward(self, x, lengths=None):
+        total = 0
+        for chain in self:
+            y = x
+            for block in chain:
+                y = block(y, lengths)
+            total = total + y
+        return total / len(self)
+
+
+class Encoder(nn.Module):
+    """Audio (B, 1, N) -> z (B, encoded_dim, N / prod(rates)): an inverted HiFi-GAN, not causal, channels doubling."""
+
+    def __init__(self, down_sample_rates, encoded_dim, base_channels=32, in_kernel_size=7, out_kernel_size=7,
+                 resblock_kernel_sizes=(3, 7, 11), resblock_dilation_sizes=(1, 3, 5)):
+        super().__init__()
+        c = base_channels
+        self.rates = down_sample_rates
+        self.pre_conv = Conv(1, c, in_kernel_size)
+        self.res_layers, self.down_sample_conv_layers = nn.ModuleList(), nn.ModuleList()
+        for rate in self.rates:
+            self.res_layers.append(
+                ResidualLayer(c, resblock_kernel_sizes, resblock_dilation_sizes, leaky_relu, causal=False))
+            self.down_sample_conv_layers.append(Conv(c, 2 * c, 2 * rate, stride=rate))
+            c *= 2
+        self.post_conv = Conv(c, encoded_dim, out_kernel_size)
+
+    def forward(self, x, lengths=None):
+        """`lengths` (B,) in samples, whole frames; None where all items fill x."""
+        x = self.pre_conv(x, lengths)
+        for rate, res, down in zip(self.rates, self.res_layers, self.down_sample_conv_layers):
+            x = down(F.leaky_relu(res(x, lengths)), lengths)
+            lengths = None if lengths is None else lengths // rate
+        return self.post_conv(F.leaky_relu(x), lengths)
+
+
+class Decoder(nn.Module):
+    """z (B, input_dim, T) -> audio (B, 1, T * prod(rates)) in [-1, 1]: a causal HiFi-GAN, channels halving."""
+
+    def __init__(self, up_sample_rates, input_dim, base_channels=512, in_kernel_size=7, out_kernel_size=3,
+                 resblock_kernel_sizes=(3, 7, 11), resblock_dilation_sizes=(1, 3, 5),
+                 n_groups_equal_to_out_channels=True):
+        super().__init__()
+        c = base_channels
+        self.pre_conv = Conv(input_dim, c, in_kernel_size, causal=True)
+        self.activations, self.up_sample_conv_layers, self.res_layers = (nn.ModuleList() for _ in range(3))
+        for rate in up_sample_rates:
+            self.activations.append(HalfSnake(c))
+            self.up_sample_conv_layers.append(
+                UpConv(c, c // 2, rate, groups=c // 2 if n_groups_equal_to_out_channels else 1))
+            c //= 2
+            self.res_layers.append(
+                ResidualLayer(c, resblock_kernel_sizes, resblock_dilation_sizes, HalfSnake, causal=True))
+        self.post_activation = HalfSnake(c)
+        self.post_conv = Conv(c, 1, out_kernel_size, causal=True)
+
+    def forward(self, z):
+        x = self.pre_conv(z)
+        for act, up, res in zip(self.activations, self.up_sample_conv_layers, self.res_layers):
+            x = res(up(act(x)))
+        return self.post_conv(self.post_activation(x)).clamp(-1, 1)
+
+
+class NanoCodec(nn.Module):
+    """NVIDIA's NanoCodec (spec 10) from the settings in a `.nemo` archive. Use `load_codec`, which fills its weights.
+
+    Attributes: sample_rate (Hz), samples_per_frame, num_codebooks K, codebook_size C.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        enc, dec, fsq = (dict(config[part]) for part in ("audio_encoder", "audio_decoder", "vector_quantizer"))
+        enc.setdefault("activation", "lrelu"), dec.setdefault("pad_mode", "zeros")  # NeMo's defaults
+        for part, given, needed in (
+                ("audio_encoder", enc, {"_target_": "HiFiGANEncoder", "activation": "lrelu", "pad_mode": "replicate"}),
+                ("audio_decoder", dec, {"_target_": "CausalHiFiGANDecoder", "activation": "half_snake",
+                                        "output_activation": "clamp", "pad_mode": "zeros"}),
+                ("vector_quantizer", fsq, {"_target_": "GroupFiniteScalarQuantizer"})):
+            for key, value in needed.items():
+                if (found := str(given.pop(key, None)).split(".")[-1]) != value:
+                    raise InputError(f"{part}.{key} is {found}, only NanoCodec's {value} is supported")
+        self.sample_rate, self.samples_per_frame = config["sample_rate"], config["samples_per_frame"]
+        if not math.prod(enc["down_sample_rates"]) == math.prod(dec["up_sample_rates"]) == self.samples_per_frame:
+            raise InputError(f"the sampling rates of encoder and decoder don't make {self.samples_per_frame} samples")
+        self.fsq = FSQ(fsq["num_levels_per_group"], fsq["num_groups"], fsq.get("eps", 1e-3))
+        self.num_codebooks, self.codebook_size = self.fsq.num_codebooks, self.fsq.codebook_size
+        self.encoder, self.decoder = Encoder(**enc), Decoder(**dec)
+
+    @torch.no_grad()
+    def encode(self, audio, lengths=None):
+        """audio (B, N) float32 at sample_rate in [-1, 1], lengths (B,) in samples or None (all N)
+        -> (codes (B, K, T) int64, frame lengths (B,)). The last frame is filled up with zeros; codes behind an item's
+        length are 0. An item's codes do not depend on the others in the batch.
+        """
+        audio, frames = whole_frames(audio, lengths, self.samples_per_frame)  # (B, T * samples_per_frame), (B,)
+        samples = frames * self.samples_per_frame
+        z = self.encoder(audio[:, None], None if (samples == audio.shape[1]).all() else samples)  # (B, K*D, T)
+        codes = self.fsq(z)[1]
+        return codes * length_mask(frames, codes.shape[2])[:, None], frames
+
+    @torch.no_grad()
+    def decode(self, codes, lengths=None):
+        """codes (B, K, T) in 0..C-1, lengths (B,) in frames or None (all T)
+        -> (audio (B, T * samples_per_frame) float32 in [-1, 1], zero behind an item's length, sample lengths (B,)).
+        Raises InputError on codes of the wrong shape or out of range.
+        """
+        check_codes(codes, self.num_codebooks, self.codebook_size)
+        audio = self.decoder(self.fsq.decode(codes))[:, 0]  # causal: what follows an item cannot change it
+        lengths = torch.full((len(codes),), codes.shape[2]) if lengths is None else torch.as_tensor(lengths)
+        samples = lengths.to(codes.device) * self.samples_per_frame
+        return audio * length_mask(samples, audio.shape[1]), samples
+
+
+def whole_frames(audio, lengths, samples_per_frame):
+    """audio (B, N), lengths (B,) in samples or None -> (audio (B, T * samples_per_frame), frames (B,)): each item
+    followed by zeros, T frames for the longest. Raises InputError unless every item has at least one sample."""
+    if audio.ndim != 2 or audio.shape[1] == 0:
+        raise InputError(f"the codec takes audio (batch, samples) of at least one sample, not {tuple(audio.shape)}")
+    lengths = torch.full((len(audio),), audio.shape[1]) if lengths is None else torch.as_tensor(lengths)
+    if lengths.min() < 1 or lengths.max() > audio.shape[1]:
+        raise InputError(f"audio lengths must be in 1..{audio.shape[1]} samples, not {lengths.tolist()}")
+    lengths = lengths.to(audio.device)
+    frames = (lengths + samples_per_frame - 1) // samples_per_frame
+    size = int(frames.max()) * samples_per_frame
+    audio = F.pad(audio, (0, size - audio.shape[1]))  # a negative pad cuts
+    return audio * length_mask(lengths, size), frames
+
+
+def check_codes(codes, num_codebooks, codebook_size):
+    """Raises InputError unless codes are (B, K, T), T > 0, all in 0..C-1."""
+    if codes.ndim != 3 or codes.shape[1] != num_codebooks or codes.shape[2] == 0:
+        raise InputError(f"the codec takes codes (batch, {num_codebooks}, frames), not {tuple(codes.shape)}")
+    if codes.min() < 0 or codes.max() >= codebook_size:
+        raise InputError(f"codes must be in 0..{codebook_size - 1}, found {int(codes.min())}..{int(codes.max())}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MiniCodec: our own, small enough to ship and to train on a laptop (train_codec.py)
+
+HOP, N_FFT, STEPS = 252, 1008, 7  # a frame of 1764 samples is 7 steps of 252; the windows are 4 steps long
+
+
+class ConvNeXt(nn.Module):
+    """Depthwise convolution over 7 steps, then two linear layers per step, added to the input."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, (7, 1), padding=(3, 0), groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.up, self.down = nn.Linear(channels, 3 * channels), nn.Linear(3 * channels, channels)
+        self.scale = nn.Parameter(torch.full((channels,), 0.3))  # small residuals at first, so that deep stacks start
+
+    def forward(self, x, mask):
+        """x (B, T, channels), mask (B, T, 1) -> (B, T, channels). Beyond an item, the mask makes the zeros it would
+        see alone."""
+        y = (x * mask).transpose(1, 2).unsqueeze(3)  # 2-D with channels last in memory: 3 times faster on a CPU
+        y = self.norm(self.depthwise(y).squeeze(3).transpose(1, 2))
+        return x + self.scale * self.down(F.silu(self.up(y)))  # SiLU: on a CPU GELU takes longer than both products
+
+
+class MiniCodec(nn.Module):
+    """Log-mel -> ConvNeXt at 87.5 and 12.5 Hz -> FSQ -> ConvNeXt at 12.5 and 87.5 Hz -> inverse STFT (Vocos, Siuzdak
+    2023, arXiv 2306.00814). Not in the paper: our codec for the shipped default, not causal. Inside, sequences are
+    (B, T, channels), which makes every linear layer one matrix product.
+
+    Attributes: sample_rate (Hz), samples_per_frame, num_codebooks K, codebook_size C; `config` makes another like it.
+    """
+
+    sample_rate, samples_per_frame = 22050, STEPS * HOP
+
+    def __init__(self, levels=(5, 5, 5, 5), num_codebooks=4, mel_bands=80, step_channels=(128, 192), step_blocks=(2, 5),
+                 frame_channels=256, frame_blocks=(4, 5)):
+        """Pairs are (encoder, decoder); step_: of the blocks at 87.5 Hz, frame_: of those at 12.5 Hz."""
+        super().__init__()
+        self.config = {"levels": levels, "num_codebooks": num_codebooks, "mel_bands": mel_bands,
+                       "step_channels": step_channels, "step_blocks": step_blocks, "frame_channels": frame_channels,
+                       "frame_blocks": frame_blocks}
+        self.fsq = FSQ(levels, num_codebooks)
+        self.num_codebooks, self.codebook_size = self.fsq.num_codebooks, self.fsq.codebook_size
+        numbers = num_codebooks * len(levels)
+        (enc_step, dec_step), size = step_channels, frame_channels
+        self.register_buffer("mel", mel_filters(mel_bands, N_FFT, self.sample_rate), persistent=False)
+        self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
+
+        self.enc_in = nn.Linear(mel_bands, enc_step)
+        self.enc_steps = nn.ModuleList(ConvNeXt(enc_step) for _ in range(step_blocks[0]))
+        self.enc_down = nn.Linear(STEPS * enc_step, size)
+        self.enc_frames = nn.ModuleList(ConvNeXt(size) for _ in range(frame_blocks[0]))
+        self.enc_out = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, numbers))
+
+        self.dec_in = nn.Linear(numbers, size)
+        self.dec_frames = nn.ModuleList(ConvNeXt(size) for _ in range(frame_blocks[1]))
+        self.dec_up = nn.Linear(size, STEPS * dec_step)
+        self.dec_steps = nn.ModuleList(ConvNeXt(dec_step) for _ in range(step_blocks[1]))
+        self.dec_out = nn.Sequential(nn.LayerNorm(dec_step), nn.Linear(dec_step, N_FFT + 2))
+        nn.init.constant_(self.dec_out[1].bias[:N_FFT // 2 + 1], -3)  # start quiet: most of a spectrum is
+
+    def analyse(self, audio, mask):
+        """audio (B, T * 1764), mask (B, T, 1) -> (quantised (B, K*D, T) in [-1, 1], codes (B, K, T))."""
+        windows = F.pad(audio, ((N_FFT - HOP) // 2,) * 2).unfold(1, N_FFT, HOP)  # (B, 7T, 1008), a step in the middle
+        power = torch.fft.rfft(windows * self.window).abs().square()
+        x = self.enc_in((torch.log((power @ self.mel).clamp(min=1e-5)) + 4) / 4)  # (B, 7T, enc_step); about -2..3 in
+        steps = mask.repeat_interleave(STEPS, 1)
+        for block in self.enc_steps:
+            x = block(x, steps)
+        x = self.enc_down(x.unflatten(1, (-1, STEPS)).flatten(2))  # (B, T, size): seven steps side by side are a frame
+        for block in self.enc_frames:
+            x = block(x, mask)
+        return self.fsq(self.enc_out(x).float().transpose(1, 2))
+
+    def synthesise(self, quantised, mask):
+        """quantised (B, K*D, T), mask (B, T, 1) -> audio (B, T * 1764)."""
+        x = self.dec_in(quantised.transpose(1, 2))
+        for block in self.dec_frames:
+            x = block(x, mask)
+        x = self.dec_up(x).unflatten(2, (STEPS, -1)).flatten(1, 2)  # (B, 7T, dec_step)
+        steps = mask.repeat_interleave(STEPS, 1)
+        for block in self.dec_steps:
+            x = block(x, steps)
+        log_size, phase = self.dec_out(x).float().chunk(2, -1)  # (B, 7T, 505) each
+        size = torch.exp(log_size.clamp(max=5)) * steps
+        windows = torch.fft.irfft(torch.complex(size * phase.cos(), size * phase.sin())) * self.window
+        # Overlap-add: a window is four hops, and squared Hann windows at this hop add up to 1.5 everywhere.
+        hops = windows.unflatten(2, (4, HOP)) / 1.5  # (B, 7T, 4, 252)
+        audio = sum(F.pad(hops[:, :, i], (0, 0, i, 3 - i)) for i in range(4)).flatten(1)
+        return audio[:, (N_FFT - HOP) // 2:][:, :quantised.shape[2] * self.samples_per_frame]
+
+    def forward(self, audio):
+        """audio (B, T * 1764) -> (decoded audio, the same shape, quantised (B, K*D, T), codes (B, K, T)): training."""
+        mask = audio.new_ones(len(audio), audio.shape[1] // self.samples_per_frame, 1)
+        quantised, codes = self.analyse(audio, mask)
+        return self.synthesise(quantised, mask), quantised, codes
+
+    @torch.no_grad()
+    def encode(self, audio, lengths=None):
+        """As NanoCodec.encode."""
+        audio, frames = whole_frames(audio, lengths, self.samples_per_frame)
+        mask = length_mask(frames, audio.shape[1] // self.samples_per_frame)  # (B, T)
+        return self.analyse(audio, mask[:, :, None].float())[1] * mask[:, None], frames
+
+    @torch.no_grad()
+    def decode(self, codes, lengths=None):
+        """As NanoCodec.decode."""
+        check_codes(codes, self.num_codebooks, self.codebook_size)
+        lengths = torch.full((len(codes),), codes.shape[2]) if lengths is None else torch.as_tensor(lengths)
+        mask = length_mask(lengths.to(codes.device), codes.shape[2])
+        audio = self.synthesise(self.fsq.decode(codes), mask[:, :, None].float()).clamp(-1, 1)
+        samples = lengths.to(codes.device) * self.samples_per_frame
+        return audio * length_mask(samples, audio.shape[1]), samples
+
+
+def mel_filters(bands, n_fft, sample_rate):
+    """Triangles of height 1, evenly spaced in mel (O'Shaughnessy) from 0 Hz to half the rate: (n_fft // 2 + 1, bands),
+    to be multiplied by a spectrum from the right."""
+    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
+    edges = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64) / 2595) - 1)  # Hz
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+def save_minicodec(codec, path):
+    """Writes a MiniCodec as float16 safetensors with its `config` in the file's metadata. Atomic."""
+    weights = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in codec.state_dict().items()}
+    metadata = {"architecture": "MiniCodec", "config": json.dumps(codec.config)}
+    safetensors.torch.save_file(weights, f"{path}.tmp", metadata)
+    os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_codec(path):
+    """The codec in `path`, in eval mode on the CPU: NanoCodec from a `.nemo` archive (fetched, given its hub name
+    `nvidia/...`), MiniCodec from a `.safetensors` file. Raises InputError on one that is missing, damaged or no codec.
+    """
+    path = Path(_fetch(str(path)) if str(path).startswith("nvidia/") and not Path(path).exists() else path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such codec file; give a .nemo archive, a .safetensors file or nvidia/NAME")
+    if path.suffix == ".safetensors":
+        return _load_minicodec(path)
+    return _load_nemo(path)
+
+
+def _load_minicodec(path):
+    """What `save_minicodec` wrote -> MiniCodec."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (safetensors.SafetensorError, OSError) as e:
+        raise InputError(f"{path}: not a whole .safetensors file ({e}); copy or download it again") from e
+    if metadata.get("architecture") != "MiniCodec":
+        raise InputError(f"{path}: not a codec written by train_codec.py (its metadata names no MiniCodec)")
+    codec = MiniCodec(**json.loads(metadata["config"]))
+    try:
+        codec.load_state_dict(weights)
+    except RuntimeError as e:
+        raise InputError(f"{path}: its weights don't fit its config ({' '.join(str(e).split())[:150]})") from e
+    return codec.eval().requires_grad_(False)
+
+
+def _fetch(hub_name):
+    """Downloads (or finds in the cache) the archive that a hub model `owner/NAME` keeps as NAME.nemo."""
+    try:
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(hub_name, hub_name.split("/")[-1] + ".nemo")
+    except Exception as e:  # no network, no such model, refused, disk full: all end the same way for the user
+        raise InputError(f"{hub_name}: cannot fetch this codec ({type(e).__name__}); without a network, give the path "
+                         f"of a local .nemo file or of the small .safetensors codec") from e
+
+
+def _load_nemo(path):
+    """`.nemo` (tar, perhaps gzipped, of model_config.yaml and model_weights.ckpt) -> NanoCodec."""
+    files, again = dict.fromkeys(("model_config.yaml", "model_weights.ckpt")), "download it again"
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if (name := Path(member.name).name) in files and member.isfile():
+                    files[name] = archive.extractfile(member).read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
+        raise InputError(f"{path}: not a whole .nemo archive ({_brief(e)}); {again}") from e
+    for name, content in files.items():
+        if content is None:
+            raise InputError(f"{path}: no {name} in it, so it is cut off or not a .nemo codec archive; {again}")
+    try:
+        codec = NanoCodec(yaml.safe_load(files["model_config.yaml"]))
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RuntimeError) as e:  # InputError is a ValueError
+        what = f"no {e}" if isinstance(e, KeyError) else _brief(e)
+        raise InputError(f"{path}: its model_config.yaml is not one of a NanoCodec ({what}); give a NanoCodec") from e
+    try:
+        weights = torch.load(io.BytesIO(files["model_weights.ckpt"]), map_location="cpu", weights_only=True)
+        weights = fold_weight_norm(weights)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as e:
+        raise InputError(f"{path}: its model_weights.ckpt cannot be read ({_brief(e)}); {again}") from e
+    renamed = {_our_name(name): value for name, value in weights.items()}
+    wrong = [f"{name} is {list(renamed[name].shape) if name in renamed else 'missing'}, needs {list(own.shape)}"
+             for name, own in codec.state_dict().items() if name not in renamed or renamed[name].shape != own.shape]
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} of its weights don't fit its model_config.yaml, so it is no NanoCodec "
+                         f"or a damaged one; the first: {wrong[0]}")
+    codec.load_state_dict(renamed, strict=False)  # the archive holds more than inference needs
+    return codec.eval().requires_grad_(False)
+
+
+def fold_weight_norm(weights):
+    """State dict with weight norm in either naming -> the same with plain weights, w = g * v / |v|, |v| per first axis.
+
+    Old naming: NAME_g, NAME_v. New: parametrizations.NAME.original0 (g), .original1 (v).
+    """
+    plain = {}
+    for name, value in weights.items():
+        name = re.sub(r"parametrizations\.weight\.original([01])$", lambda m: "weight_" + "gv"[int(m[1])], name)
+        if isinstance(value, torch.Tensor):
+            plain[name] = value
+    for name in [n for n in plain if n.endswith("weight_v")]:
+        stem = name.removesuffix("_v")
+        if stem + "_g" in plain:
+            v, g = plain.pop(name), plain.pop(stem + "_g")
+            plain[stem] = g * v / v.flatten(1).norm(dim=1).view(-1, *[1] * (v.ndim - 1))
+    return plain
+
+
+def _brief(error):
+    """An exception's text as part of one line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _our_name(nemo_name):
+    """NeMo wraps every convolution and activation once or twice; our modules are those themselves."""
+    name = nemo_name.replace("audio_encoder.", "encoder.").replace("audio_decoder.", "decoder.")
+    name = name.replace(".conv.", ".").replace(".activation.snake_act.", ".")
+    return name.replace(".res_blocks.", ".")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Audio files
+
+
+def read_audio(path, channels=None, sample_rate=22050):
+    """An audio file (wav, flac, ogg, mp3) -> float32 tensor (channels, samples), resampled to `sample_rate` (Hz).
+
+    `channels`: how many it must have, None for any. Raises InputError on a file that is missing, not audio, cut off,
+    empty, or of another number of channels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such audio file")
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
+    except (soundfile.SoundFileError, OSError) as e:
+        raise InputError(f"{path}: cannot be read as audio ({_brief(e)}); give a whole wav, flac, "
+                         f"ogg or mp3 file") from e
+    if len(audio) == 0:
+        raise InputError(f"{path}: empty, it has no samples; record or export it again")
+    if channels is not None and audio.shape[1] != channels:
+        found, wanted = ({1: "mono", 2: "stereo"}.get(n, f"of {n} channels") for n in (audio.shape[1], channels))
+        todo = "give one channel of it" if channels == 1 else "give a file with each speaker on a channel of their own"
+        raise InputError(f"{path}: is {found}, must be {wanted}; {todo}")
+    if rate < 8000:
+        raise InputError(f"{path}: sampled at {rate} Hz, too low for speech; needs 8000 Hz or more "
+                         f"({sample_rate} Hz is best)")
+    audio = torch.from_numpy(audio.T)
+    if not audio.isfinite().all():
+        raise InputError(f"{path}: holds samples that are not numbers (NaN or infinite); export it again")
+    if rate != sample_rate:
+        g = math.gcd(rate, sample_rate)
+        audio = torch.from_numpy(scipy.signal.resample_poly(audio.numpy(), sample_rate // g, rate // g, axis=1))
+    return audio.contiguous()
+
+
+def write_audio(path, audio, sample_rate):
+    """Writes audio (channels, samples), float in [-1, 1] (louder is clipped), as the format of the path's suffix.
+
+    Atomic: the file appears whole or not at all. Raises InputError on an unknown suffix or a place it cannot write to.
+    """
+    path, audio = Path(path), torch.as_tensor(audio)
+    form = path.suffix[1:].upper()
+    if form not in soundfile.available_formats():
+        raise InputError(f"{path}: cannot write audio of this kind; end the name in .wav, .flac or .mp3")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(temporary, audio.detach().cpu().float().numpy().T, sample_rate, format=form)
+        os.replace(temporary, path)
+    except (soundfile.SoundFileError, OSError) as e:
+        if temporary.is_file():
+            temporary.unlink()
+        raise InputError(f"{path}: cannot be written ({_brief(e)}); choose another place") from e
