@@ -1,0 +1,117 @@
+"""train_codec.py end to end on noise: trains, is killed, goes on to the same codec, which loads and works."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train_codec
+from codec import load_codec
+from config import InputError
+
+TINY = ["batch=2", "crop_frames=4", "step_width=24", "frame_width=32", "steps=4", "adversarial_from=0.5", "warmup=2",
+        "save_minutes=0"]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """A raw folder: three stereo recordings of 3 s whose channels are noise by turns, and their phones."""
+    folder, rng = tmp_path_factory.mktemp("raw"), np.random.default_rng(0)
+    for name in ("train/a", "train/b", "validation/c"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        audio = rng.normal(0, 0.1, (3 * 22050, 2))
+        audio[:33075, 1] = audio[33075:, 0] = 0
+        soundfile.write(path.with_suffix(".flac"), audio, 22050)
+        phones = [[["a", 0.0, 0.8], ["b", 0.8, 0.7]], [["b", 1.5, 1.5]]]
+        path.with_suffix(".json").write_text(json.dumps({"phones": phones}))
+    return folder
+
+
+def test_trains_resumes_and_loads(raw, tmp_path, monkeypatch):
+    train_codec.main([f"data={raw}", f"out={tmp_path}/whole", *TINY])
+    real_crops, calls = train_codec.crops, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:  # the first call is for validation
+            raise KeyboardInterrupt
+        return real_crops(*args)
+
+    monkeypatch.setattr(train_codec, "crops", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_codec.main([f"data={raw}", f"out={tmp_path}/killed", *TINY])
+    monkeypatch.setattr(train_codec, "crops", real_crops)
+    train_codec.main([f"data={raw}", f"out={tmp_path}/killed", "resume=true", *TINY])
+
+    codec, again = (load_codec(tmp_path / name / "codec.safetensors") for name in ("whole", "killed"))
+    for name, value in codec.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert (tmp_path / "whole/log.csv").read_text().splitlines()[1].startswith("4,")
+    with pytest.raises(InputError, match="resume=true"):
+        train_codec.main([f"data={raw}", f"out={tmp_path}/whole", *TINY])
+    with pytest.raises(InputError, match="doesn't fit"):
+        train_codec.main([f"data={raw}", f"out={tmp_path}/whole", "resume=true", *TINY, "frame_width=16"])
+
+    # a padded batch: each item gives what it gives alone, in whole frames
+    audio = torch.from_numpy(np.random.default_rng(1).normal(0, 0.1, (3, 8000)).astype("float32"))
+    lengths = [8000, 1, 3528]
+    codes, frames = codec.encode(audio, torch.tensor(lengths))
+    decoded, samples = codec.decode(codes, frames)
+    assert codes.shape == (3, 4, 5) and frames.tolist() == [5, 1, 2] and codes.max() < codec.codebook_size == 625
+    assert decoded.shape == (3, 5 * 1764) and samples.tolist() == [5 * 1764, 1764, 2 * 1764]
+    for i, n in enumerate(lengths):
+        alone, t = codec.encode(audio[i:i + 1, :n])
+        assert torch.equal(alone[0], codes[i, :, :t[0]]) and not codes[i, :, t[0]:].any()
+        sound = codec.decode(alone)[0][0]
+        assert torch.allclose(sound, decoded[i, :len(sound)], atol=1e-5) and not decoded[i, len(sound):].any()
+    with pytest.raises(InputError, match="0..624"):
+        codec.decode(codes + 625)
+
+
+def test_labels(raw):
+    audio, labels, phones = train_codec.load_audio(raw / "train")
+    assert phones == ["silence", "a", "b"] and len(audio) == len(labels) * 252 == 4 * 38 * 1764
+    steps = labels[:38 * 7]  # 87.5 a second; channel 1 of the first recording
+    assert (steps[:70] == 1).all() and (steps[70:131] == 2).all() and (steps[131:] == 0).all()
+    x, y = train_codec.crops(audio, labels, train_codec.speech_frames(audio), 5, 4, 0.1, np.random.default_rng(0))
+    assert x.shape == (5, 4 * 1764) and x.dtype == torch.float32 and y.shape == (5, 7, 4)
+
+
+def test_trains_without_phones(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        soundfile.write(tmp_path / split / "a.wav", np.random.default_rng(0).normal(0, 0.1, 22050), 22050)
+    train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY, "steps=1"])
+    assert load_codec(tmp_path / "out/codec.safetensors").codebook_size == 625
+
+
+@pytest.mark.parametrize("words, message", [
+    (["data=/nowhere"], "holds no .flac"),
+    (["bach=4"], "did you mean 'batch'"),
+    (["batch=0"], "batch and minutes must be above 0"),
+    (["resume=true"], "no checkpoint"),
+    (["crop_frames=2000"], "shorter than one crop"),
+])
+def test_bad_settings(raw, tmp_path, words, message):
+    with pytest.raises(InputError, match=message) as e:
+        train_codec.main([f"data={raw}", f"out={tmp_path}/out", *TINY, *words])
+    assert "\n" not in str(e.value)
+
+
+def test_bad_files(raw, tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        soundfile.write(tmp_path / split / "a.wav", np.zeros(44100), 22050)
+    with pytest.raises(InputError, match="all of it silent"):
+        train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY])
+    (tmp_path / "train/a.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY])
+    (tmp_path / "x.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="not a whole"):
+        load_codec(tmp_path / "x.safetensors")
