@@ -1,0 +1,108 @@
+"""Streams, batches and the messages for data that cannot be used."""
+import copy
+
+import pytest
+import torch
+from conftest import GOLDEN, write_split
+
+from config import InputError
+from data import Dialogues, StreamFormat, check_dialogue, collate, epoch_batches, load_dialogues, streams
+from model import load_checkpoint
+
+FORMAT = StreamFormat(codebook_size=64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_checkpoint(GOLDEN / "checkpoint")[1]
+
+
+def test_roles_alternate_and_every_dialogue_is_seen():
+    lengths = [200 + 7 * (i % 10) for i in range(20)]
+    epochs = [epoch_batches(lengths, 4, epoch, seed=1) for epoch in (0, 1)]
+    seen = [dict(key for batch in batches for key in batch) for batches in epochs]
+    assert set(seen[0]) == set(seen[1]) == set(range(20))
+    assert all(seen[0][i] == 1 - seen[1][i] for i in range(20))
+    assert epochs[0] == epoch_batches(lengths, 4, 0, seed=1) != epoch_batches(lengths, 4, 0, seed=2)
+    assert max(max(lengths[i] for i, _ in batch) - min(lengths[i] for i, _ in batch) for batch in epochs[0]) < 40
+
+
+def test_system_rows_come_first(dialogues, tokenizer):
+    kept = [(d, [streams(d, side, tokenizer, FORMAT) for side in (0, 1)]) for d in dialogues]
+    dialogue, (one, two) = next((d, sides) for d, sides in kept if None not in sides)
+    codebooks = len(dialogue["dsu_c1_path"])
+    assert one["audio"][:codebooks].tolist() == two["audio"][codebooks:].tolist()
+    assert one["audio"][0, 2:].tolist() == dialogue["dsu_c1_path"][0] and one["audio"][0, 0] == 64
+    assert torch.equal(two["speaker"], torch.tensor(dialogue["spk_emb_c2"]))
+
+
+def test_padding_changes_no_loss(dialogues):
+    """The loss of a batch of several lengths is the mean of the dialogues' own."""
+    model, tokenizer, fmt, _ = load_checkpoint(GOLDEN / "checkpoint")
+    items = [item for d in dialogues[:4] if (item := streams(d, 1, tokenizer, fmt))]
+    items[0] = items[0] | {"prompt": items[0]["prompt"][:50]}
+    assert len({item["audio"].shape[1] for item in items}) > 1
+
+    def loss(part):
+        batch = collate(part, tokenizer.eos_token_id, fmt)
+        hidden = model(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"], batch["speaker"],
+                       batch["prompt_mask"])
+        return model.loss(hidden, batch, prompt_text=True)["loss"]
+
+    with torch.inference_mode():
+        together, alone = loss(items), torch.stack([loss([item]) for item in items]).mean()
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+
+
+def test_no_text_stream(dialogues, tokenizer):
+    item = streams(dialogues[0], 0, tokenizer, StreamFormat(alignment="none", codebook_size=64))
+    assert item["text"].unique().tolist() == [tokenizer.convert_tokens_to_ids("[SILENCE_PAD]")]
+
+
+def test_dropped_dialogues_are_counted(tiny_data, dialogues, tokenizer):
+    data = Dialogues(str(tiny_data), "train", tokenizer, FORMAT)
+    assert len(data) + len(data.dropped) == len(dialogues) and data.dropped
+
+
+def test_draws_streams(run, tiny_data, tmp_path):
+    done = run("data.py", f"model={GOLDEN}/checkpoint", f"data={tiny_data}", "index=1", f"out={tmp_path}/streams.png")
+    assert "Your behaviors:" in done.stdout and (tmp_path / "streams.png").stat().st_size > 5000
+
+
+def broken(dialogue, **change):
+    dialogue = copy.deepcopy(dialogue)
+    for key, value in change.items():
+        dialogue[key] = value(dialogue[key])
+    return dialogue
+
+
+@pytest.mark.parametrize("message, change", [
+    ("outside 0..63", {"dsu_c1_path": lambda rows: [[64] + row[1:] for row in rows]}),
+    ("differ in length", {"dsu_c1_path": lambda rows: [rows[0][:-3]] + rows[1:]}),
+    ("codes and times disagree", {"dsu_c1_path": lambda rows: [row * 2 for row in rows],
+                                  "dsu_c2_path": lambda rows: [row * 2 for row in rows]}),
+])
+def test_bad_codes(dialogues, message, change):
+    with pytest.raises(InputError, match=message):
+        check_dialogue(broken(dialogues[0], **change), FORMAT)
+
+
+def test_word_outside_its_utterance(dialogues, tokenizer):
+    def shift(utterances):
+        utterances[1]["words"][0]["start"] -= 1
+        return utterances
+    with pytest.raises(InputError, match="lies outside its utterance"):
+        streams(broken(dialogues[0], utterances=shift), 1, tokenizer, FORMAT)
+
+
+def test_bad_data_sets(tmp_path, dialogues):
+    write_split(tmp_path, [{k: v for k, v in d.items() if k != "speakers"} for d in dialogues], "train")
+    with pytest.raises(InputError, match="lacks the column speakers"):
+        load_dialogues(tmp_path, "train")
+    with pytest.raises(InputError, match="no test-"):
+        load_dialogues(tmp_path, "test")
+    (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(InputError, match="cannot open"):
+        load_dialogues(tmp_path, "test")
+    with pytest.raises(InputError, match="use word, utterance or none"):
+        StreamFormat(alignment="letters")
