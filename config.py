@@ -5,6 +5,7 @@ A script declares its settings as a dataclass; `load_settings` fills it from an 
 """
 import dataclasses
 import difflib
+import inspect
 import sys
 from pathlib import Path
 
@@ -22,8 +23,8 @@ def load_settings(cls, argv):
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if "-h" in argv or "--help" in argv:
-        print(sys.modules[cls.__module__].__doc__, "\nSettings (key=value) and their defaults:")
-        print("\n".join(f"  {name}={getattr(cls(), name)!r}" for name in fields))
+        settings = inspect.getsource(cls).partition(":\n")[2]  # with the comments, which explain them
+        print(f"{sys.modules[cls.__module__].__doc__}\nSettings, their defaults and what they do (key=value):\n{settings}")
         raise SystemExit(0)
     values, words = {}, list(argv)
     while words:

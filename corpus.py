@@ -517,5 +517,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except ImportError as e:
+        sys.exit(f"corpus.py: {e}; python -m pip install -r requirements-corpus.txt")
     except InputError as e:
         sys.exit(f"corpus.py: {e}")

@@ -205,6 +205,8 @@ def check_dialogue(dialogue, fmt):
     """Raise InputError if a dialogue's codes do not fit the format, each other, or its times."""
     where = f"dialogue {dialogue.get('soda_index')}"
     rows = dialogue["dsu_c1_path"] + dialogue["dsu_c2_path"]
+    if not dialogue["utterances"] or not dialogue["utterances"][-1]["end_time"] or not rows or not all(rows):
+        raise InputError(f"{where}: has no utterances, no codes, or no end_time of the last utterance; prepare it again")
     lengths = {len(row) for row in rows}
     if len(lengths) != 1 or len(dialogue["dsu_c1_path"]) != len(dialogue["dsu_c2_path"]):
         raise InputError(f"{where}: the codebook rows differ in length or number ({sorted(lengths)} frames); "
@@ -277,7 +279,7 @@ class Config:
     out: str = "streams.png"
 
 
-def draw_streams(item, tokenizer, fmt, names, begin, path, count=40):
+def draw_streams(item, tokenizer, fmt, names, begin, path, count=50):
     """Draw `count` frames of an item of `streams`, from frame `begin` on: the text row and all audio rows."""
     import matplotlib.pyplot as plt
     audio, text = item["audio"][:, begin:begin + count], item["text"][begin:begin + count]
@@ -301,6 +303,7 @@ def draw_streams(item, tokenizer, fmt, names, begin, path, count=40):
                         f"{row % (rows // 2) + 1}" for row in range(rows)],
            xticks=range(0, frames, 5), xticklabels=range(begin, begin + frames, 5))
     fig.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=80)
 
 
@@ -318,6 +321,8 @@ def main(argv):
     if item is None:
         raise InputError(f"dialogue {cfg.index} cannot be laid out as streams; its text does not fit its frames")
     print(instruction(dialogue, cfg.system, fmt))
+    if not 0 <= cfg.start * FRAME_RATE < item["text"].shape[0]:
+        raise InputError(f"start={cfg.start}: the dialogue lasts {item['text'].shape[0] / FRAME_RATE:.1f} s")
     names = [dialogue["speakers"][cfg.system], dialogue["speakers"][1 - cfg.system]]
     draw_streams(item, tokenizer, fmt, names, int(cfg.start * FRAME_RATE), cfg.out)
     print(f"\n{len(item['prompt'])} prompt tokens, {item['text'].shape[0]} frames; drawn to {cfg.out}")

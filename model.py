@@ -6,13 +6,14 @@
 
 Every position predicts the next frame, so the prompt's last position predicts frame 0.
 """
+import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -137,18 +138,23 @@ def save_checkpoint(folder, model, tokenizer, fmt, extra, dtype=None):
     `extra` holds. dtype: of the stored weights (default: as they are).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
     tied = model.backbone.config.tie_word_embeddings
     tensors = {name.removeprefix("backbone."): tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in model.state_dict().items() if not (tied and name == "backbone.lm_head.weight")}
-    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
     config = model.backbone.config.to_dict() | {
         "num_dsus": model.num_codebooks, "audio_vocab_size": model.codebook_size, "text_stream": True,
         "use_speaker_embedding": model.speaker_size > 0, "stream_format": vars(fmt), **extra}
-    (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(folder / "config.json.tmp", folder / "config.json")
-    tokenizer.save_pretrained(folder)
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(new)
+    if folder.exists():  # the whole folder changes at once, so that its files always belong together
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(source, device="cpu", dtype=torch.float32):
@@ -171,7 +177,7 @@ def load_checkpoint(source, device="cpu", dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         shards = sorted(folder.glob("model*.safetensors"))
         tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-    except (OSError, ValueError, SafetensorError) as e:
+    except Exception as e:  # tokenizers, for one, raises a plain Exception on a file that is cut off
         raise InputError(f"{source}: not a readable checkpoint ({' '.join(str(e).split())[:200]}); it needs config.json, "
                          "model.safetensors and the tokenizer's files") from e
     tables = [name for name in tensors if name.startswith("audio_embeds.")]
@@ -198,5 +204,7 @@ def load_checkpoint(source, device="cpu", dtype=torch.float32):
         raise InputError(f"{source}: {len(wrong)} tensors do not fit config.json, first {wrong[0]}; "
                          "use the config.json that the weights were saved with")
     model.load_state_dict(tensors, strict=False)
-    fmt = StreamFormat(**(settings.get("stream_format") or {"codebook_size": codebook_size}))
+    known = {field.name for field in dataclasses.fields(StreamFormat)}
+    fmt = StreamFormat(**{key: value for key, value in (settings.get("stream_format") or {}).items() if key in known}
+                       | {"codebook_size": codebook_size})
     return model.to(device, dtype).eval(), tokenizer, fmt, settings

@@ -6,6 +6,7 @@
 Writes to `out`: best/ and last/ (checkpoints in the released layout), state.pt (all that `resume=true` needs), log.csv.
 """
 import csv
+import json
 import math
 import os
 import sys
@@ -73,7 +74,7 @@ class Config:
 def new_tokenizer(data, vocab_size, fmt):
     """A byte-level BPE tokenizer learnt on the training split's prompts and (lower-cased) words."""
     def texts():
-        for dialogue in load_dialogues(data, "train"):
+        for dialogue in load_dialogues(data, "train").remove_columns(["dsu_c2_path"]):
             for side in (0, 1):
                 yield instruction(dialogue, side, fmt)
                 for segment, _, _ in segments(dialogue, side):
@@ -90,23 +91,30 @@ def new_tokenizer(data, vocab_size, fmt):
 
 def build(cfg, fmt):
     """The model and tokenizer that the config asks for: a checkpoint, a pretrained or random backbone, a new Llama."""
+    first = load_dialogues(cfg.data, "train")[0]
+    speaker_size = len(first["spk_emb_c1"]) if cfg.speaker_embedding else 0
     if cfg.init:
         model, tokenizer, saved, _ = load_checkpoint(cfg.init)
-        if saved.codebook_size != fmt.codebook_size:
-            raise InputError(f"{cfg.init} is made for codebook_size={saved.codebook_size}, the config says "
-                             f"{fmt.codebook_size}; use data and settings of the same codec")
+        made_for = vars(saved) | {"codebooks": model.num_codebooks, "speaker numbers": model.speaker_size}
+        asked = vars(fmt) | {"codebooks": len(first["dsu_c1_path"]), "speaker numbers": speaker_size}
+        if differs := [f"{key} {value} (now {asked[key]})" for key, value in made_for.items()
+                       if value != asked[key] and key != "max_frames"]:
+            raise InputError(f"init={cfg.init} was trained with another {', '.join(differs)}; use its data and settings")
         return model.train(), tokenizer
-    first = load_dialogues(cfg.data, "train")[0]
     if cfg.backbone:
         try:
             tokenizer = AutoTokenizer.from_pretrained(cfg.backbone)
-            backbone = (AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.backbone)) if cfg.random_weights
+            backbone = (AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.backbone), dtype=torch.float32)
+                        if cfg.random_weights
                         else AutoModelForCausalLM.from_pretrained(cfg.backbone, dtype=torch.float32))
         except (OSError, ValueError) as e:
             raise InputError(f"backbone={cfg.backbone}: cannot be loaded ({str(e).splitlines()[0]}); give a folder or hub "
                              "id of a causal LM, and HF_TOKEN if it is gated") from e
         tokenizer.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
     else:
+        if cfg.heads < 1 or cfg.kv_heads < 1 or cfg.hidden % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
+            raise InputError(f"hidden={cfg.hidden}, heads={cfg.heads}, kv_heads={cfg.kv_heads}: hidden must be a multiple "
+                             "of twice the heads, and heads one of kv_heads")
         tokenizer = new_tokenizer(cfg.data, cfg.vocab_size, fmt)
         tokenizer.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
         backbone = AutoModelForCausalLM.from_config(LlamaConfig(
@@ -114,7 +122,6 @@ def build(cfg, fmt):
             num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, intermediate_size=cfg.intermediate,
             max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id))
-    speaker_size = len(first["spk_emb_c1"]) if cfg.speaker_embedding else 0
     return new_model(backbone, len(first["dsu_c1_path"]), cfg.codebook_size, speaker_size, tokenizer), tokenizer
 
 
@@ -134,6 +141,9 @@ def main(argv):
         raise InputError(f"save_dtype={cfg.save_dtype}: use float32 or bfloat16")
     fmt = StreamFormat(cfg.alignment, cfg.delay, cfg.behaviour_tokens, cfg.max_frames, cfg.rewritten_narrative,
                        cfg.codebook_size)
+    info = Path(cfg.data) / "info.json"  # of prepare.py
+    if info.exists() and (size := json.loads(info.read_text())["codebook_size"]) != cfg.codebook_size:
+        raise InputError(f"codebook_size={cfg.codebook_size}, but the codec of {cfg.data} has {size}; set codebook_size={size}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
@@ -228,7 +238,7 @@ def main(argv):
         log_file.flush()
 
     def checkpoint(is_best):
-        """Files first under other names, then renamed: a kill at any moment leaves the old or the new ones."""
+        """Everything first under other names, then renamed: a kill leaves the old or the new, never a mixture."""
         if rank:
             return
         extra = {"data": cfg.data, "trained_steps": step, "train_config": asdict(cfg)}

@@ -45,6 +45,7 @@ class Settings:
     data: str = "corpus"  # raw folder: {train,validation}/NAME.flac|wav|mp3 and, for the phonemes, NAME.json
     out: str = "out/codec"  # folder to write to
     resume: bool = False  # go on from out/checkpoint.pt
+    decoder_only: bool = False  # with resume: the encoder stays that of out/codec.safetensors, and codes made by it valid
     minutes: float = 40.0  # of training, loading excluded; the learning rate decays to 0 over them
     steps: int = 0  # if above 0, train so many steps instead
     batch: int = 8  # crops a step
@@ -184,8 +185,8 @@ class Discriminator(nn.Module):
 
 def main(argv):
     s = load_settings(Settings, argv)
-    if min(s.batch, s.crop_frames - 1, s.level - 1, s.minutes) <= 0:
-        raise InputError("batch and minutes must be above 0, crop_frames and level above 1")
+    if min(s.batch, s.crop_frames - 1, s.level - 1, s.minutes, s.warmup) <= 0:
+        raise InputError("batch, minutes and warmup must be above 0, crop_frames and level above 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
     torch.manual_seed(s.seed)
@@ -218,6 +219,12 @@ def main(argv):
     step, spent = 0, 0.0  # spent: seconds of training so far, over all runs
     if s.resume:
         step, spent = load_checkpoint(out / "checkpoint.pt", kept, device)
+    if s.decoder_only:
+        if not s.resume:
+            raise InputError("decoder_only=true goes on from a trained codec; add resume=true and its out=")
+        codec.load_state_dict(average.state_dict())
+        for name, weight in codec.named_parameters():
+            weight.requires_grad_(not name.startswith("enc_"))
 
     def losses(model, x, y):
         """x (B, N), y (B, 7, T) -> {n_fft: decoded spectrum}, {n_fft: real spectrum}, codes, mel distance, phone loss,

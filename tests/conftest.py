@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = Path(os.environ.get("FACTOR_GOLDEN", Path(__file__).parent / "golden"))
+GOLDEN = Path(__file__).parent / "golden"  # test_golden.py alone reads FACTOR_GOLDEN
 TINY = {"codebook_size": 64, "hidden": 32, "layers": 1, "heads": 2, "kv_heads": 2, "intermediate": 64, "vocab_size": 600,
         "alignment": "word", "steps": 6, "eval_every": 2, "warmup": 2, "lr": 1e-3, "accumulation": 2, "batch_size": 2}
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
