@@ -241,7 +241,8 @@ def main(argv):
         """Everything first under other names, then renamed: a kill leaves the old or the new, never a mixture."""
         if rank:
             return
-        extra = {"data": cfg.data, "trained_steps": step, "train_config": asdict(cfg)}
+        settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "resume")}
+        extra = {"trained_steps": step, "train_config": settings}
         for name in ["last"] + ["best"] * is_best:
             save_checkpoint(out / name, model, tokenizer, fmt, extra, getattr(torch, cfg.save_dtype))
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,

@@ -73,6 +73,21 @@ def test_trains_resumes_and_loads(raw, tmp_path, monkeypatch):
         codec.decode(codes + 625)
 
 
+def test_decoder_only_keeps_codes_valid(raw, tmp_path):
+    def encoder(path):
+        return {name: value for name, value in load_codec(path).state_dict().items() if name.startswith("enc_")}
+
+    words = [f"data={raw}", f"out={tmp_path}", *TINY]
+    train_codec.main(words)
+    before = encoder(tmp_path / "codec.safetensors")
+    train_codec.main([*words, "resume=true", "decoder_only=true", "steps=8"])
+    after = encoder(tmp_path / "codec.safetensors")
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+    assert load_codec(tmp_path / "codec.safetensors").state_dict().keys() > before.keys()
+    with pytest.raises(InputError, match="add resume=true"):
+        train_codec.main([f"data={raw}", f"out={tmp_path}/new", *TINY, "decoder_only=true"])
+
+
 def test_labels(raw):
     audio, labels, phones = train_codec.load_audio(raw / "train")
     assert phones == ["silence", "a", "b"] and len(audio) == len(labels) * 252 == 4 * 38 * 1764
