@@ -340,21 +340,21 @@ def _work(job):
     """One dialogue in a worker process: what was heard, from the cache if it is there, or {'error': message}."""
     dialogue, settings = job
     torch.set_num_threads(1)
+    key = hashlib.sha256(json.dumps([CACHE, settings.asr, settings.quality, settings.seed, SPEAKER_ENCODER,
+                                     dialogue["codes"], dialogue["seconds"]]).encode())
+    for path in (dialogue["audio"], dialogue["codec"]):
+        key.update(Path(path).read_bytes() if Path(path).is_file() else path.encode())  # a codec may be a hub name
+    cached = Path(settings.out) / "cache" / f"{key.hexdigest()[:32]}.json"
+    if cached.exists():
+        return json.loads(cached.read_text())
     try:
-        key = hashlib.sha256(json.dumps([CACHE, settings.asr, settings.quality, settings.seed, SPEAKER_ENCODER,
-                                         dialogue["codes"], dialogue["seconds"]]).encode())
-        for path in (dialogue["audio"], dialogue["codec"]):
-            key.update(Path(path).read_bytes() if Path(path).is_file() else path.encode())  # a codec may be a hub name
-        cached = Path(settings.out) / "cache" / f"{key.hexdigest()[:32]}.json"
-        if cached.exists():
-            return json.loads(cached.read_text())
         heard = hear(dialogue, settings)
-        temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(heard))
-        os.replace(temporary, cached)
-        return heard
     except InputError as e:
-        return {"error": str(e)}
+        heard = {"error": str(e)}
+    temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(heard))
+    os.replace(temporary, cached)
+    return heard
 
 
 def over_cores(function, work, jobs, label):

@@ -252,13 +252,14 @@ def draw_timeline(path, audio, sample_rate, speakers):
     events = label_segments(merge_words([speaker["words"] for speaker in speakers]))
     colours, marks = ("tab:blue", "tab:orange"), {"backchannel": "tab:green", "interruption": "tab:red"}
     step = sample_rate // 200
+    peaks = audio.cpu().abs().unfold(1, step, step).amax(2).numpy() / max(1e-4, audio.abs().max().item())  # (2, samples / step)
     for row, ax in enumerate(axes[:, 0]):
         begin, end = 12 * row, 12 * (row + 1)
         for side, speaker in enumerate(speakers):
             base = 1 - 2 * side
-            part = audio[side, int(begin * sample_rate):int(end * sample_rate):step].cpu().numpy()
-            ax.plot([begin + i * step / sample_rate for i in range(len(part))], base + 0.6 * part, lw=0.4,
-                    color=colours[side])
+            part = 0.55 * peaks[side, begin * sample_rate // step:end * sample_rate // step]
+            ax.fill_between([begin + i * step / sample_rate for i in range(len(part))], base - part, base + part,
+                            lw=0, color=colours[side])
             for k, word in enumerate(w for w in speaker["words"] if begin <= w["start"] < end):
                 ax.text(word["start"], base + (0.62, 0.82)[k % 2], word["word"], fontsize=7, clip_on=True)
         for event in events:
