@@ -1,11 +1,14 @@
 """Generation end to end on a tiny random model: two instances, own prompts, a recording as the user, bad input."""
 import json
+import re
 
 import pytest
 import soundfile
 import torch
 from conftest import GOLDEN
 
+import generate
+from config import InputError
 from data import SILENCE_PAD, UTTERANCE_PAD, WORD_PAD
 from generate import Sampler, stream_words
 from model import FActor, load_checkpoint, save_checkpoint
@@ -62,21 +65,26 @@ def test_own_prompts_and_a_recording(run, words, tmp_path):
     assert info.channels == 2 and info.frames == 32 * 1764  # to its end and 0.5 s on, in whole frames
 
 
+def refuses(message, *words):
+    with pytest.raises(InputError, match=re.escape(message)):
+        generate.main([str(word) for word in words])
+
+
 def test_bad_input(fails, words, tmp_path):
     def prompts(**change):
         path = tmp_path / "prompts.json"
         path.write_text(json.dumps([[PAIR[0] | change, PAIR[1]]]))
         return ["--prompts", path]
     fails("unknown voice 'zoe'; ", "generate.py", *words, *prompts(voice="zoe"))
-    fails("'backchannels' is -1", "generate.py", *words, *prompts(backchannels=-1))
-    fails("'starts' must be bool", "generate.py", *words, *prompts(starts="yes"))
-    fails("has 7 numbers, the model takes 192", "generate.py", *words, *prompts(voice="short"))
-    fails("has 3 dialogues in split 'test'", "generate.py", *words, "first=3")
+    refuses("'backchannels' is -1", *words, *prompts(backchannels=-1))
+    refuses("'starts' must be bool", *words, *prompts(starts="yes"))
+    refuses("has 7 numbers, the model takes 192", *words, *prompts(voice="short"))
+    refuses("has 3 dialogues in split 'test'", *words, "first=3")
     soundfile.write(tmp_path / "stereo.wav", torch.zeros(4000, 2).numpy(), 16000)
-    fails("choose the user's with user_channel", "generate.py", *words, "--user", tmp_path / "stereo.wav")
+    refuses("choose the user's with user_channel", *words, "--user", tmp_path / "stereo.wav")
     (tmp_path / "broken.wav").write_bytes(b"RIFF cut off")
-    fails("cannot be read as audio", "generate.py", *words, "--user", tmp_path / "broken.wav")
-    fails("give the codec of its data", "generate.py", *words, f"model={GOLDEN}/checkpoint")
+    refuses("cannot be read as audio", *words, "--user", tmp_path / "broken.wav")
+    refuses("give the codec of its data", *words, f"model={GOLDEN}/checkpoint")
 
 
 def test_stream_words():

@@ -1,6 +1,7 @@
 """Training: two processes as one, kill and resume, what is written, and the messages for bad settings."""
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import train
 from config import InputError
 from model import load_checkpoint, save_checkpoint
 
@@ -54,14 +56,22 @@ def test_early_stopping_and_variants(run, tiny_data, tiny, tmp_path):
     assert model.speaker_size == 0 and (fmt.alignment, fmt.delay) == ("none", 0)
 
 
+def refuses(message, *words):
+    with pytest.raises(InputError, match=re.escape(message)):
+        train.main([str(word) for word in words])
+
+
 def test_bad_settings(fails, tiny_data, tmp_path):
     (tmp_path / "unknown.yaml").write_text("learning_rate: 0.1\n")
     (tmp_path / "type.yaml").write_text("steps: many\n")
     fails("unknown setting 'learning_rate'", "train.py", tmp_path / "unknown.yaml")
-    fails("'steps' must be int, not 'many'", "train.py", tmp_path / "type.yaml")
-    fails("did you mean 'batch_size'", "train.py", "batch_sise=3")
-    fails("outside 0..9", "train.py", f"data={tiny_data}", "codebook_size=10", f"out={tmp_path}/x")
-    fails("there is no", "train.py", "resume=true", f"out={tmp_path}/none")
+    refuses("'steps' must be int, not 'many'", tmp_path / "type.yaml")
+    refuses("did you mean 'batch_size'", "batch_sise=3")
+    refuses("outside 0..9", f"data={tiny_data}", "codebook_size=10", f"out={tmp_path}/x")
+    refuses("there is no", f"data={tiny_data}", "resume=true", f"out={tmp_path}/none")
+    (tiny_data / "info.json").write_text('{"codebook_size": 64}')
+    refuses("set codebook_size=64", f"data={tiny_data}", f"out={tmp_path}/x")
+    (tiny_data / "info.json").unlink()
 
 
 def test_checkpoint_that_does_not_fit(tmp_path, dialogues):

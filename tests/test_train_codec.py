@@ -108,7 +108,7 @@ def test_trains_without_phones(tmp_path):
 @pytest.mark.parametrize("words, message", [
     (["data=/nowhere"], "holds no .flac"),
     (["bach=4"], "did you mean 'batch'"),
-    (["batch=0"], "batch and minutes must be above 0"),
+    (["batch=0"], "batch, minutes and warmup must be above 0"),
     (["resume=true"], "no checkpoint"),
     (["crop_frames=2000"], "shorter than one crop"),
 ])
