@@ -75,16 +75,19 @@ def segments(dialogue, speaker):
                 yield backchannel, BC, utterance
 
 
-def instruction(dialogue, system, fmt):
-    """The prompt text for speaker `system` of a dialogue. It counts what ends in the first `max_frames` frames; a
-    backchannel counts with the utterance that it lies in, as in the authors' program."""
+def event_counts(dialogue, system, fmt):
+    """(backchannels, interruptions) of speaker `system` that end in the first `max_frames` frames; a backchannel counts
+    with the utterance that it lies in, as in the authors' program."""
     last = fmt.max_frames / frames_per_second(dialogue)
-    counts = {BC: 0, INTER: 0, "": 0}
-    for _, kind, utterance in segments(dialogue, system):
-        counts[kind] += utterance["end_time"] <= last
+    kinds = [kind for _, kind, utterance in segments(dialogue, system) if utterance["end_time"] <= last]
+    return kinds.count(BC), kinds.count(INTER)
+
+
+def instruction(dialogue, system, fmt):
+    """The prompt text for speaker `system` of a dialogue, with the counts of event_counts."""
     narrative = dialogue[f"new_narrative_s{system + 1}" if fmt.rewritten_narrative else "narrative"]
-    return make_prompt(dialogue["speakers"][system], dialogue["speakers"][1 - system], narrative, counts[BC],
-                       counts[INTER], dialogue["utterances"][0]["speaker_idx"] == system)
+    return make_prompt(dialogue["speakers"][system], dialogue["speakers"][1 - system], narrative,
+                       *event_counts(dialogue, system, fmt), dialogue["utterances"][0]["speaker_idx"] == system)
 
 
 def text_stream(dialogue, system, tokenizer, fmt):

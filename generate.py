@@ -21,7 +21,18 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 
 from codec import load_codec, read_audio, write_audio
 from config import InputError, load_settings
-from data import BC, EXTRA_TOKENS, FRAME_RATE, INTER, SILENCE_PAD, WORD_PAD, instruction, load_dialogues, make_prompt
+from data import (
+    BC,
+    EXTRA_TOKENS,
+    FRAME_RATE,
+    INTER,
+    SILENCE_PAD,
+    WORD_PAD,
+    event_counts,
+    instruction,
+    load_dialogues,
+    make_prompt,
+)
 from evaluate import label_segments, merge_words
 from model import load_checkpoint
 
@@ -231,15 +242,13 @@ def data_prompts(cfg, fmt):
     for dialogue in dialogues.select(range(cfg.first, cfg.first + cfg.n)):
         pair = []
         for side in (0, 1):
-            prompt = instruction(dialogue, side, fmt)
-            counts = [int(line.split(": ")[1]) for line in prompt.splitlines()
-                      if line.startswith(("- backchannels: ", "- interruptions: "))][-2:]
+            backchannels, interruptions = event_counts(dialogue, side, fmt)
             pair.append({
                 "name": dialogue["speakers"][side], "narrative": dialogue[f"new_narrative_s{side + 1}"],
-                "backchannels": counts[0], "interruptions": counts[1],
+                "backchannels": backchannels, "interruptions": interruptions,
                 "starts": dialogue["utterances"][0]["speaker_idx"] == side,
                 "voice": (dialogue.get("tts_speaker_ids") or ["", ""])[side],
-                "embedding": dialogue[f"spk_emb_c{side + 1}"], "prompt": prompt})
+                "embedding": dialogue[f"spk_emb_c{side + 1}"], "prompt": instruction(dialogue, side, fmt)})
         pairs.append(pair)
     return pairs
 
