@@ -301,6 +301,7 @@ def main(argv):
     if bad_evals >= cfg.patience:
         say(f"stopped: no better validation loss in {cfg.patience} evaluations")
     if world > 1:
+        dist.barrier()  # gloo's threads must be done with the last tensors: freeing the group while they are not hangs
         dist.destroy_process_group()
 
 
