@@ -26,14 +26,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.signal
 import torch
 from tqdm import tqdm
 
 from codec import load_codec, read_audio
 from config import InputError, load_settings
+from listen import RATE, pocketsphinx_decoder, quality, recognise, speaker_encoder, to_16k, voiced
 
-RATE = 16000  # Hz, of every model that listens
 CACHE = 1  # raise when `hear` changes, so that old results are not taken for new ones
 AUDIO = (".wav", ".flac", ".mp3", ".ogg")
 SPEAKER_ENCODER = importlib.util.find_spec("resemblyzer") is not None  # optional: it needs a compiler to install
@@ -195,98 +194,14 @@ def _seconds(info, speakers):
     return max([*times, *(speaker.get("end", 0) for speaker in speakers)]), len((info.get("codes") or [[[]]])[0][0]) / 12.5
 
 
-# ---- listening: each model is loaded once per process ---------------------------------------------------------------
-
-@functools.cache
-def _vad():
-    from silero_vad import load_silero_vad
-    return load_silero_vad(onnx=True)
-
-
-@functools.cache
-def _pocketsphinx():
-    import pocketsphinx
-    return pocketsphinx.Decoder(samprate=RATE, loglevel="FATAL")
-
-
-@functools.cache
-def _parakeet():
-    from nemo.collections.asr.models import ASRModel
-    return ASRModel.from_pretrained("nvidia/parakeet-tdt-0.6b-v2")
-
-
-@functools.cache
-def _dnsmos():
-    import onnxruntime
-    import speechmos
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # the cores are shared out by dialogue
-    path = Path(speechmos.__file__).parent / "dnsmos_models" / "sig_bak_ovr.onnx"
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-@functools.cache
-def _utmos():
-    return torch.hub.load("tarepan/SpeechMOS:v1.2.0", "utmos22_strong", trust_repo=True)
-
-
-@functools.cache
-def _encoder():
-    from resemblyzer import VoiceEncoder
-    return VoiceEncoder("cpu", verbose=False)
-
+# ---- listening ---------------------------------------------------------------
 
 _codec = functools.cache(load_codec)
 
 
-def voiced(audio):
-    """Voice activity of audio (N,) at 16 kHz -> [[start, end]] in seconds. Short stretches count: backchannels are short."""
-    from silero_vad import get_speech_timestamps
-    found = get_speech_timestamps(torch.from_numpy(audio), _vad(), min_speech_duration_ms=100)
-    return [[x["start"] / RATE, x["end"] / RATE] for x in found]
-
-
-def recognise(audio, start=0.0, asr="pocketsphinx"):
-    """Audio (N,) at 16 kHz -> [{word, start, end}], times in seconds after `start`, the time of audio[0]."""
-    if asr == "parakeet":
-        words = _parakeet().transcribe([audio], timestamps=True, verbose=False)[0].timestamp["word"]
-        return [{"word": w["word"], "start": start + w["start"], "end": start + w["end"]} for w in words]
-    decoder = _pocketsphinx()
-    decoder.start_utt()
-    decoder.process_raw((audio * 32767).astype(np.int16).tobytes(), full_utt=True)
-    decoder.end_utt()
-    return [{"word": re.sub(r"\(\d+\)", "", x.word), "start": round(start + x.start_frame / 100, 3),
-             "end": round(start + (x.end_frame + 1) / 100, 3)} for x in decoder.seg() or [] if x.word[0] not in "<["]
-
-
-def quality(audio, model="dnsmos"):
-    """Predicted mean opinion score of audio (N,) at 16 kHz: overall DNSMOS as the speechmos package computes it, or UTMOS."""
-    if model == "utmos":
-        with torch.no_grad():
-            return _utmos()(torch.from_numpy(audio)[None], RATE).item()
-    window = int(9.01 * RATE)
-    while len(audio) < window:
-        audio = np.append(audio, audio)
-    scores = []
-    for hop in range(int(len(audio) / RATE - 9.01) + 1):
-        piece = audio[hop * RATE:hop * RATE + window]
-        raw = _dnsmos().run(None, {"input_1": piece[None].astype(np.float32)})[0][0][2]
-        scores.append(np.polyval([-0.06766283, 1.11546468, 0.04602535], raw))
-    return float(np.mean(scores))
-
-
 def embed(audio):
-    """Speaker embedding of audio (N,) at 16 kHz: 256 numbers of length 1 (resemblyzer); None where it is not installed."""
-    if not SPEAKER_ENCODER:
-        return None
-    from resemblyzer import normalize_volume
-    loud = normalize_volume(audio, -30, increase_only=True)  # what its own preprocessing does, less the trimming
-    return [round(float(x), 5) for x in _encoder().embed_utterance(loud.astype(np.float32))]
-
-
-def to_16k(audio):
-    """Audio (..., N) at 22,050 Hz, tensor -> numpy float32 at 16 kHz within [-1, 1]."""
-    return np.clip(scipy.signal.resample_poly(audio.numpy(), 320, 441, axis=-1), -1, 1).astype(np.float32)
+    """Speaker embedding, a list of 256 numbers (resemblyzer); None where it is not installed."""
+    return [round(float(x), 5) for x in speaker_encoder("resemblyzer")[0](audio)] if SPEAKER_ENCODER else None
 
 
 def load_channels(dialogue):
@@ -379,7 +294,7 @@ def score(dialogue, heard, rng):
     for k in (0, 1):
         said = normalise(speakers[k].get("text") or "")
         if said:
-            english = [_pocketsphinx().lookup_word(word) is not None for word in said.split()]
+            english = [pocketsphinx_decoder().lookup_word(word) is not None for word in said.split()]
             figures[f"english_{k + 1}"] = 100 * float(np.mean(english))
             wrong, of = word_errors(said, " ".join(word["word"] for word in channels[k]["words"]))
             figures[f"wer_{k + 1}"], errors, length = 100 * wrong / of, errors + wrong, length + of

@@ -29,24 +29,21 @@ import re
 import sys
 import threading
 import unicodedata
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import scipy.signal
 import torch
 from tqdm import tqdm
 
 from codec import load_codec, read_audio
 from config import InputError, load_settings
+from listen import RATE, package, speaker_encoder, to_16k, voiced
 
 SPLITS = ("train", "validation", "test")
-RATE = 16000  # Hz, of aligner, voice activity and speaker encoder
 VOICED_SECONDS = 5.0  # how much speech a speaker embedding is made of (paper 2)
 TAIL = 0.25  # seconds of recording kept after the last word
-INSTALL = "python -m pip install -r requirements-corpus.txt"
 
 
 @dataclasses.dataclass
@@ -55,7 +52,7 @@ class PrepareSettings:
     out: str = "data"  # folder of the data set
     codec: str = "default/codec.safetensors"  # anything that codec.load_codec opens
     split: str = "train"  # the split of a raw folder that has no train/, validation/, test/ inside
-    speaker_encoder: str = "resemblyzer"  # see `voice_encoder`
+    speaker_encoder: str = "resemblyzer"  # see listen.speaker_encoder
     one_embedding_per_voice: bool = False  # every dialogue gets the embedding of the voice's first (training) dialogue
     shard_size: int = 100  # dialogues a parquet file; also what a cut-off run may lose
     workers: int = 0  # processes, one thread each; 0: as many as cores
@@ -159,11 +156,7 @@ def to_words(text):
     for token in re.split(r"[\s—–…/]+|\.\.+", text.replace("’", "'")):
         said = unicodedata.normalize("NFKD", token.lower().replace("&", " and ").replace("%", " percent "))
         if re.search(r"\d", said):
-            try:
-                from num2words import num2words
-            except ImportError as e:
-                raise InputError(f"numbers in transcripts need num2words ({e}); {INSTALL}") from e
-            said = re.sub(r"(\d+)(st|nd|rd|th)?", lambda m: " " + num2words(
+            said = re.sub(r"(\d+)(st|nd|rd|th)?", lambda m: " " + package("num2words", "a number in a text").num2words(
                 m[1], to="ordinal" if m[2] else "cardinal") + " ", said.replace(",", ""))
         if spoken := re.findall(r"[a-z](?:'?[a-z])*", said.encode("ascii", "ignore").decode()):
             words.append((token.strip(" .,!?;:\"“”()[]{}*_-"), [HUMS.get(s, s) for s in spoken]))
@@ -173,10 +166,7 @@ def to_words(text):
 @functools.cache
 def decoder(beam):
     """pocketsphinx with its English acoustic model and dictionary; `beam`: how unlikely a path may become."""
-    try:
-        from pocketsphinx import Decoder
-    except ImportError as e:
-        raise InputError(f"transcripts without word times need pocketsphinx ({e}); {INSTALL}") from e
+    Decoder = package("pocketsphinx", "a transcript without word times").Decoder
     # no bestpath: that second search, over a word lattice, may leave the text and lose words at its end
     d = Decoder(lm=None, samprate=RATE, loglevel="FATAL", bestpath=False, beam=beam, pbeam=beam, wbeam=beam ** 0.6)
     for i, phones in enumerate(("HH AH M", "AH M", "M M M")):  # the dictionary has only the short HH M
@@ -205,24 +195,6 @@ def force_align(audio, words):
             groups = [[next(times) for _ in said] for _, said in words]
             return [(group[0][0], group[-1][1]) for group in groups]
     return None
-
-
-@functools.cache
-def vad_model():
-    """Silero VAD in its form that takes many frames at once."""
-    try:
-        from silero_vad import load_silero_vad
-        return load_silero_vad(sequence=True)
-    except ImportError as e:
-        raise InputError(f"voice activity needs silero-vad and onnxruntime ({e}); {INSTALL}") from e
-
-
-def voiced(audio):
-    """audio (samples at 16 kHz) -> [(start, end)] in seconds of its stretches of speech."""
-    model = vad_model()
-    from silero_vad.sequence_vad import get_speech_timestamps_sequence
-    return [(s["start"] / RATE, s["end"] / RATE)
-            for s in get_speech_timestamps_sequence(audio, model, min_speech_duration_ms=100)]
 
 
 def overlap(a, b):
@@ -336,20 +308,6 @@ def codec_on(path, device):
     return load_codec(path).to(device)
 
 
-@functools.cache
-def voice_encoder(name):
-    """Name of a speaker encoder -> (function from samples at 16 kHz to a vector, the vector's size)."""
-    if name == "resemblyzer":  # GE2E (Wan et al. 2018): norm 1
-        try:
-            warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # by webrtcvad, which resemblyzer imports
-            import resemblyzer
-        except ImportError as e:
-            raise InputError(f"speaker_encoder=resemblyzer cannot be imported ({e}); {INSTALL}") from e
-        model = resemblyzer.VoiceEncoder("cpu", verbose=False)
-        return lambda audio: model.embed_utterance(resemblyzer.normalize_volume(audio, -30, increase_only=True)), 256
-    raise InputError(f"speaker_encoder={name}: not known; known: resemblyzer")
-
-
 def embed(audio, encoder, where):
     """Speaker embedding of the first five voiced seconds of `audio` (samples at 16 kHz): list of numbers (paper 2)."""
     for seconds in (15, len(audio) / RATE):  # most speakers have said enough in 15 s
@@ -359,7 +317,7 @@ def embed(audio, encoder, where):
             break
     if len(speech) < RATE / 2:
         raise InputError(f"{where}: {len(speech) / RATE:.1f} s of speech is too little for a speaker embedding")
-    return [float(v) for v in voice_encoder(encoder)[0](speech[:round(VOICED_SECONDS * RATE)])]
+    return [float(v) for v in speaker_encoder(encoder)[0](speech[:round(VOICED_SECONDS * RATE)])]
 
 
 @torch.inference_mode()
@@ -372,7 +330,7 @@ def prepare_dialogue(item, settings):
             raise InputError(f"{transcript or recording}: has no {'recording' if transcript else 'JSON'} of its name")
         row, codec = read_dialogue(transcript), codec_on(settings.codec, settings.device)
         audio = read_audio(recording, channels=2, sample_rate=codec.sample_rate)  # (2, samples)
-        low = scipy.signal.resample_poly(audio.numpy(), RATE, codec.sample_rate, axis=1).astype(np.float32)
+        low = to_16k(audio, codec.sample_rate)
         report |= align(row, low)
         check_times(row, audio.shape[1] / codec.sample_rate, transcript)
         # The text stream's clock is frames / end of the last utterance (spec 2). So the recording is cut soon after the
@@ -426,7 +384,7 @@ def identity(settings, dialogues):
         "codec": path.name, "codec_fingerprint": hashlib.sha256(content).hexdigest()[:16],
         "num_codebooks": codec.num_codebooks, "codebook_size": codec.codebook_size, "sample_rate": codec.sample_rate,
         "frame_rate": codec.sample_rate / codec.samples_per_frame, "speaker_encoder": settings.speaker_encoder,
-        "speaker_size": voice_encoder(settings.speaker_encoder)[1],
+        "speaker_size": speaker_encoder(settings.speaker_encoder)[1],
         "one_embedding_per_voice": settings.one_embedding_per_voice, "shard_size": settings.shard_size,
         "dialogues": {split: len(items) for split, items in dialogues.items()},
         "raw_fingerprint": hashlib.sha256(names.encode()).hexdigest()[:16]}
