@@ -443,17 +443,21 @@ def compose(rng, p, situation, voice, proper):
 
 def make_dialogue(seed, i, voice, names, situations):
     """Dialogue i of the corpus with this seed -> (audio (2, N) float32, JSON dict)."""
-    p = plan(np.random.default_rng([seed, i]), split_of(i), names, situations)
     proper = set(names) | {"Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"}
-    for attempt in range(200):
-        try:
-            rng = np.random.default_rng([seed, i, attempt + 1])
-            audio, info = compose(rng, p, situations[p["situation"]], voice, proper)
-            return audio, {"soda_index": i, "file_name": f"{i:06d}", **info}
-        except Retry:
-            pass
-    raise InputError(f"situation '{p['situation']}': 200 draws gave no dialogue of {SHORTEST:.0f}-{LONGEST:.0f} s that "
-                     f"holds {p['backchannels']} backchannels and {p['interruptions']} interruptions; lengthen its turns")
+    asked = None
+    for redraw in range(10):
+        p = plan(np.random.default_rng([seed, i, 0, redraw] if redraw else [seed, i]), split_of(i), names, situations)
+        asked = asked or {key: p[key] for key in ("backchannels", "interruptions")}
+        p |= asked  # many events in short turns may not fit: then another situation, but the same counts, which stay uniform
+        for attempt in range(200):
+            try:
+                rng = np.random.default_rng([seed, i, attempt + 1] + [redraw] * bool(redraw))
+                audio, info = compose(rng, p, situations[p["situation"]], voice, proper)
+                return audio, {"soda_index": i, "file_name": f"{i:06d}", **info}
+            except Retry:
+                pass
+    raise InputError(f"situation '{p['situation']}' and 9 others: 200 draws of each gave no dialogue of {SHORTEST:.0f}-"
+                     f"{LONGEST:.0f} s that holds {asked}; lengthen the situations' turns")
 
 
 # ---- the corpus ---------------------------------------------------------------------------------------------------
