@@ -85,7 +85,8 @@ class FActor(nn.Module):
         """hidden (..., hidden) -> (..., vocabulary), through the backbone's tied head."""
         return self.backbone.get_output_embeddings()(hidden)
 
-    def loss(self, hidden, batch, user_weight=1.0, first_frame=True, prompt_text=False):
+    def loss(self, hidden, batch, user_weight=1.0, first_frame=True, prompt_text=False, listening_weight=1.0,
+             silence_pad=None):
         """Training loss on a batch of data.collate (paper section 4; spec 4).
 
         hidden (B, [1+P] + T-1, hidden): of `forward` on the batch's prompt and all its frames but the last.
@@ -93,6 +94,9 @@ class FActor(nn.Module):
         first_frame: whether frame 0 is an audio target. The authors' program leaves it out, so that their model is
             untrained at the very position where generation starts; harmless only while that frame is a delay id.
         prompt_text: whether the text loss covers the prompt's tokens too, as in the authors' program.
+        listening_weight: weight of the text where the system is silent (the token before is `silence_pad`, an id). There it
+            decides when to speak up, which the prompt's counts are about, but few of the text loss's nats are there: a
+            small data set teaches little of it at the paper's 1.
         Returns a dict of scalars: loss = audio + text, and apart from each other audio_system, audio_user, text. Every
         one is averaged over an item's real positions, then over the batch.
         """
@@ -115,8 +119,12 @@ class FActor(nn.Module):
         text_ce = F.cross_entropy(self.text_logits(text_hidden).flatten(0, 1).float(), target.flatten(),
                                   reduction="none").view_as(target)
         text_loss = _masked_mean(text_ce, text_mask)
-        audio_loss = (system + user_weight * user) / (1 + user_weight)
-        return {"loss": audio_loss + text_loss, "audio_system": system, "audio_user": user, "text": text_loss}
+        loss = (system + user_weight * user) / (1 + user_weight) + text_loss
+        if listening_weight != 1:
+            listening = F.pad(text[:, :-1] == silence_pad, (1, 0), value=True)  # (B, T)
+            text_ce, text_mask = text_ce[:, -num_frames:], text_mask[:, -num_frames:]
+            loss = loss + (listening_weight - 1) * _masked_mean(text_ce * listening, text_mask)
+        return {"loss": loss, "audio_system": system, "audio_user": user, "text": text_loss}
 
 
 def _masked_mean(values, mask):

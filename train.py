@@ -22,7 +22,17 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from config import InputError, load_settings
-from data import EXTRA_TOKENS, Dialogues, StreamFormat, collate, epoch_batches, instruction, load_dialogues, segments
+from data import (
+    EXTRA_TOKENS,
+    SILENCE_PAD,
+    Dialogues,
+    StreamFormat,
+    collate,
+    epoch_batches,
+    instruction,
+    load_dialogues,
+    segments,
+)
 from model import load_checkpoint, new_model, save_checkpoint
 
 
@@ -56,6 +66,7 @@ class Config:
     user_weight: float = 1.0  # 1: the paper's s/u, 0: its s
     first_frame: bool = True  # the authors: False
     prompt_text: bool = False  # the authors: True
+    listening_weight: float = 1.0  # of the text where the system is silent and may speak up
     # optimisation
     batch_size: int = 1  # dialogues per process and forward pass
     accumulation: int = 8  # forward passes per step
@@ -191,6 +202,8 @@ def main(argv):
         f"{len(val)} dialogues ({len(train.dropped)} + {len(val.dropped)} dropped, their text does not fit the frames); "
         f"{per_epoch / cfg.accumulation:.1f} steps an epoch")
 
+    silence_pad = tokenizer.convert_tokens_to_ids(SILENCE_PAD)
+
     # the loss is measured through these two functions, in training and in evaluation
     def make_batch(dialogues, keys):
         batch = collate([dialogues[key] for key in keys], tokenizer.eos_token_id, fmt)
@@ -200,7 +213,8 @@ def main(argv):
         with autocast:
             hidden = network(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"], batch["speaker"],
                              batch["prompt_mask"])
-            return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text)
+            return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text, cfg.listening_weight,
+                              silence_pad)
 
     def all_mean(sums):
         """dict of scalar tensors -> dict of floats, averaged over the processes."""

@@ -54,6 +54,21 @@ def test_padding_changes_no_loss(dialogues):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
+def test_listening_weight(dialogues):
+    """It adds to the loss the text's cross-entropy at the frames after a silence pad and at the first, and nothing else."""
+    model, tokenizer, fmt, _ = load_checkpoint(GOLDEN / "checkpoint")
+    item = next(item for d in dialogues if (item := streams(d, 0, tokenizer, fmt)))
+    batch, silence = collate([item], tokenizer.eos_token_id, fmt), tokenizer.convert_tokens_to_ids("[SILENCE_PAD]")
+    with torch.inference_mode():
+        hidden = model(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"], batch["speaker"])
+        frames, text = hidden[0, -batch["text"].shape[1]:-1], batch["text"][0, :-1]
+        ce = torch.nn.functional.cross_entropy(model.text_logits(frames), text, reduction="none")
+        listening = torch.tensor([True] + [token == silence for token in text[:-1].tolist()])
+        plain, weighted = (model.loss(hidden, batch, listening_weight=w, silence_pad=silence)["loss"] for w in (1.0, 3.0))
+    assert 0 < listening.sum() < len(listening)
+    torch.testing.assert_close(weighted - plain, 2 * (ce * listening).sum() / len(text), atol=1e-4, rtol=0)
+
+
 def test_no_text_stream(dialogues, tokenizer):
     item = streams(dialogues[0], 0, tokenizer, StreamFormat(alignment="none", codebook_size=64))
     assert item["text"].unique().tolist() == [tokenizer.convert_tokens_to_ids("[SILENCE_PAD]")]
