@@ -2,20 +2,25 @@
 
     python prepare.py raw=corpus out=data                                 # the synthetic corpus: word times are given
     python prepare.py raw=../shared/real out=real codec=nanocodec.nemo    # recordings and transcripts without any times
+    torchrun --standalone --nproc_per_node=N prepare.py raw=behavior-sd out=data device=cuda    # a rank a GPU
+    python prepare.py rewrite data=data out=rewritten model=CHAT_MODEL    # narratives by a chat model: see rewrite.py
 
-Raw: RAW/{train,validation,test}/NAME.wav|flac|mp3|ogg (stereo, channel 0 = speakers[0]) and NAME.json beside each; a
-folder without these sub-folders is one split. The JSON holds the columns of spec 9 that aren't made here; `speakers`,
-`narrative` and `utterances` (each with `speaker`, `tts_text`, `backchannels`) are enough. Per dialogue:
+Raw: RAW/{train,validation,test}/NAME.wav|flac|mp3|ogg (stereo, channel 0 = speakers[0]) and NAME.json beside each, there
+or deeper (as in the unpacked tars of Behavior-SD); a folder without these sub-folders is one split. The JSON holds the
+columns of spec 9 that aren't made here; `speakers`, `narrative` and `utterances` (each with `speaker`, `tts_text`,
+`backchannels`) are enough. Per dialogue:
 
     words       kept where given, else by forced alignment (pocketsphinx): inside the segment's times if given, else
                 from the order of the text alone
     codes       both channels through the codec: dsu_c1_path, dsu_c2_path, K lists of T ids
     embeddings  of each speaker's first five voiced seconds (paper 2; Silero VAD): spk_emb_c1, spk_emb_c2
     narratives  new_narrative_s1/s2 kept where given, else the plain rule of `from_the_side_of`
+    situation, starter, biased_narrative    corpus.py's, kept behind the released columns; null in other data
 
 Out: OUT/SPLIT-00000-of-0000N.parquet, info.json (codec, encoder, counts, words not found), voices.json (voice ->
 embedding), dropped.jsonl (dialogues that cannot be used, and why; one never stops the run). Shards that exist are
-skipped: the same command resumes a run that was cut off.
+skipped: the same command resumes a run that was cut off. With N ranks (RANK and WORLD_SIZE in the environment) each makes
+every N-th shard, and rank 0 the rest of the files when all shards are there.
 """
 import collections
 import concurrent.futures
@@ -28,6 +33,7 @@ import os
 import re
 import sys
 import threading
+import time
 import unicodedata
 from pathlib import Path
 
@@ -37,8 +43,8 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from codec import load_codec, read_audio
-from config import InputError, load_settings
+from codec import AUDIO_SUFFIXES, fingerprint, load_codec, read_audio
+from config import InputError, load_settings, write_atomically
 from listen import RATE, package, speaker_encoder, to_16k, voiced
 
 SPLITS = ("train", "validation", "test")
@@ -55,12 +61,12 @@ class PrepareSettings:
     speaker_encoder: str = "resemblyzer"  # see listen.speaker_encoder
     one_embedding_per_voice: bool = False  # every dialogue gets the embedding of the voice's first (training) dialogue
     shard_size: int = 100  # dialogues a parquet file; also what a cut-off run may lose
-    workers: int = 0  # processes, one thread each; 0: as many as cores
-    device: str = "cpu"  # where the codec runs
+    workers: int = 0  # processes, one thread each; 0: as many as cores, shared by this machine's ranks
+    device: str = "cpu"  # where the codec runs; cuda: the GPU of this rank
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Columns: names and types of the released data set (spec 9), fixed, so that shards concatenate whatever is missing
+# Columns: names and types of the released data set (spec 9) and corpus.py's, fixed, so that shards always concatenate
 
 INT, FLOAT, TEXT = pa.int64(), pa.float64(), pa.string()
 WORDS = pa.list_(pa.struct([("word", TEXT), ("start", FLOAT), ("dur", FLOAT)]))
@@ -76,11 +82,12 @@ COLUMNS = pa.schema([
     ("num_turns", INT), ("utterances", pa.list_(pa.struct(UTTERANCE))), ("tts_speaker_ids", pa.list_(TEXT)),
     ("tts_genders", pa.list_(TEXT)), ("statistics", pa.struct(STATISTICS)),
     ("dsu_c1_path", pa.list_(pa.list_(pa.int32()))), ("dsu_c2_path", pa.list_(pa.list_(pa.int32()))),
-    ("spk_emb_c1", pa.list_(pa.float32())), ("spk_emb_c2", pa.list_(pa.float32()))])
+    ("spk_emb_c1", pa.list_(pa.float32())), ("spk_emb_c2", pa.list_(pa.float32())),
+    ("situation", TEXT), ("starter", INT), ("biased_narrative", pa.bool_())])
 
 
 def read_dialogue(path):
-    """A raw JSON -> a dict of the released columns without codes and embeddings; what is missing is None.
+    """A raw JSON -> a dict of COLUMNS without codes and embeddings; what is missing is None.
 
     Raises InputError on a file that is no JSON, lacks a needed key, or names a speaker who is not among `speakers`.
     """
@@ -363,25 +370,27 @@ def find_dialogues(settings):
     if settings.split not in SPLITS:
         raise InputError(f"split={settings.split}: must be one of {', '.join(SPLITS)}")
     folders = {split: raw / split for split in SPLITS if (raw / split).is_dir()} or {settings.split: raw}
+    if settings.split not in folders or folders[settings.split] != raw:
+        for other in sorted(p for p in raw.iterdir() if p.is_dir() and p.name not in folders and p.name[0] != "."):
+            print(f"note: {other} is left out; a split is called {', '.join(SPLITS)}")
     found = {}
     for split, folder in folders.items():
         pairs = collections.defaultdict(lambda: [None, None])
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in (".json", ".wav", ".flac", ".mp3", ".ogg"):
-                pairs[path.stem][path.suffix.lower() != ".json"] = path
+        for path in folder.rglob("*"):
+            if path.suffix.lower() in (".json", *AUDIO_SUFFIXES):
+                pairs[path.with_suffix("")][path.suffix.lower() != ".json"] = path
         found[split] = [tuple(pairs[name]) for name in sorted(pairs)]
     if not any(found.values()):
-        raise InputError(f"{raw}: no recordings in it (NAME.wav, .flac, .mp3 or .ogg with NAME.json beside it)")
+        raise InputError(f"{raw}: no recordings in it (NAME with {', '.join(AUDIO_SUFFIXES)} and NAME.json beside it)")
     return found
 
 
 def identity(settings, dialogues):
     """What the data set is made of: a folder holds one, and its readers can refuse what does not fit."""
-    codec, path = codec_on(settings.codec, settings.device), Path(settings.codec)
-    content = path.read_bytes() if path.is_file() else settings.codec.encode()
+    codec = codec_on(settings.codec, settings.device)
     names = " ".join(f"{split}/{a or b}" for split, items in dialogues.items() for a, b in items)
     return {
-        "codec": path.name, "codec_fingerprint": hashlib.sha256(content).hexdigest()[:16],
+        "codec": Path(settings.codec).name, "codec_fingerprint": fingerprint(settings.codec),
         "num_codebooks": codec.num_codebooks, "codebook_size": codec.codebook_size, "sample_rate": codec.sample_rate,
         "frame_rate": codec.sample_rate / codec.samples_per_frame, "speaker_encoder": settings.speaker_encoder,
         "speaker_size": speaker_encoder(settings.speaker_encoder)[1],
@@ -410,17 +419,14 @@ def voices(out):
     return json.loads(Path(out, "voices.json").read_text())
 
 
-def write_text(path, text):
-    """Writes a file atomically."""
-    Path(f"{path}.tmp").write_text(text)
-    os.replace(f"{path}.tmp", path)
+def write_json(path, content, indent=None):
+    write_atomically(path, lambda new: new.write_text(json.dumps(content, indent=indent)))
 
 
 def write_shard(path, rows, reports):
     """Writes rows of COLUMNS as parquet, atomically; the reports go in its metadata, so that resuming has them."""
     table = pa.Table.from_pylist(rows, schema=COLUMNS.with_metadata({"reports": json.dumps(reports)}))
-    pq.write_table(table, f"{path}.tmp", compression="zstd")
-    os.replace(f"{path}.tmp", path)
+    write_atomically(path, lambda new: pq.write_table(table, new, compression="zstd"))
 
 
 def list_some(lines, most=20):
@@ -439,9 +445,9 @@ def summarise(out, shards, info):
         for names, *embeddings in zip(*table.values()):
             heard = dict(zip(names, embeddings)) | heard  # the first one stays
     if not info["one_embedding_per_voice"]:
-        write_text(out / "voices.json", json.dumps(heard))
+        write_json(out / "voices.json", heard)
     dropped = [{key: r[key] for key in ("split", "name", "reason")} for r in reports if "reason" in r]
-    write_text(out / "dropped.jsonl", "".join(json.dumps(d) + "\n" for d in dropped))
+    write_atomically(out / "dropped.jsonl", lambda new: new.write_text("".join(json.dumps(d) + "\n" for d in dropped)))
     kept = [r for r in reports if "reason" not in r]
     hours = sum(r["seconds"] for r in kept) / 3600
     print(f"{out}: {len(kept)} of {len(reports)} dialogues, {hours:.2f} h, {len(heard)} voices; {len(dropped)} dropped")
@@ -458,7 +464,7 @@ def summarise(out, shards, info):
             result[f"{border}_off_ms"] = [round(float(x)) for x in (np.median(off), off.mean(), np.quantile(off, 0.9))]
             print("segment {}: off from voice activity by {} ms (median), {} (mean), {} (90 %)".format(
                 border, *result[f"{border}_off_ms"]))
-    write_text(out / "info.json", json.dumps(info | result, indent=1))
+    write_json(out / "info.json", info | result, indent=1)
     if not kept:
         raise InputError(f"none of the {len(dropped)} dialogues could be used; the first: {dropped[0]['reason']}")
 
@@ -469,10 +475,28 @@ def start_worker():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+def wait_for(paths, what):
+    """Returns when all paths are there: what other ranks make."""
+    if not all(path.exists() for path in paths):
+        print(f"waiting for {what} of other ranks; if one has ended, end this too and give the same command again")
+        while not all(path.exists() for path in paths):
+            time.sleep(2)
+
+
 def main(argv):
+    if argv[:1] == ["rewrite"]:
+        import rewrite
+        return rewrite.main(argv[1:])
     settings = load_settings(PrepareSettings, argv)
     if settings.shard_size < 1 or settings.workers < 0:
         raise InputError("shard_size must be at least 1 and workers at least 0")
+    rank, world, local_rank, local_world = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if settings.device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"device=cuda: this machine shows {torch.cuda.device_count()} GPUs, too few for local rank "
+                             f"{local_rank}; start as many processes as GPUs, or leave device=cpu")
+        settings.device = f"cuda:{local_rank}"
     out, dialogues = Path(settings.out), find_dialogues(settings)
     info = identity(settings, dialogues)
     out.mkdir(parents=True, exist_ok=True)
@@ -480,10 +504,12 @@ def main(argv):
         old = json.loads((out / "info.json").read_text())
         if differs := [f"{key} was {old.get(key)} and is {info[key]}" for key in info if old.get(key) != info[key]]:
             raise InputError(f"{out}: holds a data set whose {', '.join(differs)}; give another out= or remove it")
-    else:
-        write_text(out / "info.json", json.dumps(info, indent=1))
-    if settings.one_embedding_per_voice and not (out / "voices.json").exists():
-        write_text(out / "voices.json", json.dumps(first_samples(dialogues, settings)))
+    elif rank == 0:
+        write_json(out / "info.json", info, indent=1)
+    if settings.one_embedding_per_voice:
+        if rank == 0 and not (out / "voices.json").exists():
+            write_json(out / "voices.json", first_samples(dialogues, settings))
+        wait_for([out / "voices.json"], "the voices")
 
     shards = {}  # path -> its items
     for split, items in dialogues.items():
@@ -491,15 +517,17 @@ def main(argv):
         for i, start in enumerate(starts):
             path = out / f"{split}-{i:05d}-of-{len(starts):05d}.parquet"
             shards[path] = items[start:start + settings.shard_size]
-    todo = {path: items for path, items in shards.items() if not path.exists()}
+    todo = {path: shards[path] for path in list(shards)[rank::world] if not path.exists()}
     items = [item for shard in todo.values() for item in shard]
-    print(f"{len(items)} dialogues to do; {len(shards) - len(todo)} of {len(shards)} shards are there already")
-    work, workers = functools.partial(prepare_dialogue, settings=settings), settings.workers or os.cpu_count()
+    print(f"{len(items)} dialogues in {len(todo)} of {len(shards)} shards to do"
+          + f" by rank {rank} of {world}" * (world > 1))
+    workers = settings.workers or max(1, os.cpu_count() // local_world)
+    work = functools.partial(prepare_dialogue, settings=settings)
     # spawn, since a process forked after torch has run threads may hang
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
             done = map(work, items) if min(workers, len(items)) < 2 else pool.map(work, items, chunksize=2)
-            with tqdm(total=len(items), unit="dialogue", smoothing=0.05) as bar:
+            with tqdm(total=len(items), unit="dialogue", smoothing=0.05, disable=rank > 0) as bar:
                 for path, shard in todo.items():
                     results = []
                     for _ in shard:
@@ -511,7 +539,9 @@ def main(argv):
                              "perhaps with fewer workers=, to go on from the last whole shard") from e
         finally:
             pool.shutdown(cancel_futures=True)
-    summarise(out, shards, info)
+    if rank == 0:
+        wait_for(shards, "shards")
+        summarise(out, shards, info)
 
 
 if __name__ == "__main__":
