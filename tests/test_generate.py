@@ -5,12 +5,12 @@ import re
 import pytest
 import soundfile
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 
 import generate
 from codec import fingerprint
 from config import InputError
-from data import SILENCE_PAD, UTTERANCE_PAD, WORD_PAD
+from data import SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, made_with
 from generate import Sampler, stream_words
 from model import FActor, load_checkpoint, save_checkpoint
 
@@ -86,6 +86,13 @@ def test_bad_input(fails, words, tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF cut off")
     refuses("cannot be read as audio", *words, "--user", tmp_path / "broken.wav")
     refuses("give the codec of its data", *words, f"model={GOLDEN}/checkpoint")
+
+
+def test_the_shipped_parts_belong_together():
+    made = made_with(ROOT / "default" / "data")
+    assert made["codec_fingerprint"] == fingerprint(ROOT / "default" / "codec.safetensors")
+    config = json.loads((ROOT / "default" / "model" / "config.json").read_text())
+    assert all(config.get(key, value) == value for key, value in made.items())
 
 
 def test_stream_words():
