@@ -123,10 +123,12 @@ def test_resumes_and_refuses_another_make(tmp_path, make, monkeypatch):
         make("shard_size=1")
 
 
-def test_two_ranks_make_what_one_makes(tmp_path, make, monkeypatch):
+def test_two_ranks_make_what_one_makes(tmp_path, make, monkeypatch, capsys):
     for name in ("0001/a", "0001/b", "0002/a"):  # deeper folders, as Behavior-SD's tars unpack
         put((tmp_path / "raw" / "train" / name).parent, name[-1])
+    (tmp_path / "raw" / "val").mkdir()
     make("shard_size=1", f"out={tmp_path}/alone")
+    assert "raw/val is left out; a split is called train, validation, test" in capsys.readouterr().out
 
     def as_rank(rank, *words):
         for key, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
