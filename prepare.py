@@ -370,8 +370,7 @@ def main(argv):
             shards[path] = items[start:start + settings.shard_size]
     todo = {path: shards[path] for path in list(shards)[rank::world] if not path.exists()}
     items = [item for shard in todo.values() for item in shard]
-    print(f"{len(items)} dialogues in {len(todo)} of {len(shards)} shards to do"
-          + f" by rank {rank} of {world}" * (world > 1))
+    print(f"rank {rank} of {world}: {len(items)} dialogues to do, {len(todo)} of {len(shards)} shards")
     workers = settings.workers or max(1, os.cpu_count() // local_world)
     work = functools.partial(prepare_dialogue, settings=settings)
     # spawn, since a process forked after torch has run threads may hang

@@ -186,9 +186,10 @@ def test_what_cannot_be_used_is_dropped_with_its_reason(tmp_path, make, capsys):
 
 def test_bad_settings_end_with_one_line(tmp_path, fails):
     fails("no such folder", "prepare.py", f"raw={tmp_path}/nowhere")
-    fails("no recordings", "prepare.py", f"raw={tmp_path}")
-    put(tmp_path, "a")
-    fails("no such codec file", "prepare.py", f"raw={tmp_path}", f"codec={tmp_path}/x.nemo", f"out={tmp_path}/out")
+    for message, codec in (("no recordings", CODEC), ("no such codec file", tmp_path / "x.nemo")):
+        with pytest.raises(InputError, match=message):
+            prepare.main([f"raw={tmp_path}", f"codec={codec}", f"out={tmp_path}/out"])
+        put(tmp_path, "a")
 
 
 def test_all_dropped_is_an_error(tmp_path, make):
