@@ -119,6 +119,9 @@ def flaw(text, name, other, narrative, settings):
         return f"lost {other}"
     if has(name, narrative) and not re.search(r"\byou", text, re.IGNORECASE):
         return f"does not address {name} as you"
+    for example in ("Karina", "Yoseph"):  # small models tell the prompt's example again
+        if has(example, text) and not has(example, narrative):
+            return f"speaks of {example}, who is the prompt's example"
     if not least <= words <= most:
         return f"has {words} words, not {least:.0f} to {most:.0f}"
     return ""

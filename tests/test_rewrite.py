@@ -105,6 +105,7 @@ def test_goals(folder, monkeypatch):
 @pytest.mark.parametrize("text, flaw", [
     (GOOD["Ann"], ""), (ANN, "still names Ann"), ("You lost your keys in the park and asked him for help.", "lost Bob"),
     ("She lost her keys in the park and asked Bob for help.", "does not address Ann"), ("You asked Bob.", "has 3 words"),
+    ("You played your music loudly, and Bob and Yoseph felt annoyed.", "speaks of Yoseph"),
     (GOOD["Ann"] + " The rewritten narrative addresses the speaker as you.", "has 20 words"), ("", "lost Bob")])
 def test_flaws(text, flaw):
     assert rewrite.flaw(text, "Ann", "Bob", ANN, rewrite.RewriteSettings()).startswith(flaw)
