@@ -9,6 +9,7 @@ NanoCodec (Casanova et al. 2025, arXiv 2508.05835; spec 10) is an inverted HiFi-
 arXiv 2309.15505) and a causal HiFi-GAN. Its architecture is read from the archive, so any size loads.
 Left out, since inference needs none of it: the discriminators, the losses, and weight norm (folded at loading).
 """
+import hashlib
 import io
 import json
 import math
@@ -433,6 +434,16 @@ def load_codec(path):
     return _load_nemo(path)
 
 
+def fingerprint(path):
+    """16 hex digits that tell codecs apart: SHA-256 of the file that `load_codec(path)` opens, or of a folder's weights.
+
+    It travels with a data set and the models trained on it, whose codes mean nothing to another codec.
+    """
+    path = Path(_fetch(str(path)) if str(path).startswith("nvidia/") and not Path(path).exists() else path)
+    files = [file for file in (path, *sorted(path.glob("*.safetensors"))) if file.is_file()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files) or str(path).encode()).hexdigest()[:16]
+
+
 def _load_minicodec(path):
     """What `save_minicodec` wrote -> MiniCodec."""
     try:
@@ -526,6 +537,8 @@ def _our_name(nemo_name):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Audio files
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")  # what soundfile reads everywhere
 
 
 def read_audio(path, channels=None, sample_rate=22050):

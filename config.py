@@ -6,6 +6,7 @@ A script declares its settings as a dataclass; `load_settings` fills it from an 
 import dataclasses
 import difflib
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,12 @@ import yaml
 
 class InputError(ValueError):
     """A mistake in what the user gave. Its text is one line: what is wrong, where, and what to do."""
+
+
+def write_atomically(path, write):
+    """`write(temporary path)`, then rename: the file appears under `path` whole or not at all, even if killed."""
+    write(temporary := Path(f"{path}.tmp"))
+    os.replace(temporary, path)
 
 
 def load_settings(cls, argv):

@@ -27,7 +27,7 @@ import yaml
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
-from config import InputError, load_settings
+from config import InputError, load_settings, write_atomically
 
 RATE = 22050
 HOP = 256  # samples per step of Piper's durations
@@ -154,8 +154,7 @@ def patch_voice(path):
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    write_atomically(path, lambda temporary: onnx.save(model, temporary))
 
 
 class Voice:
@@ -472,10 +471,8 @@ def work(i):
     settings, voice, names, situations = WORKER
     audio, info = make_dialogue(settings.seed, i, voice, names, situations)
     base = str(Path(settings.out) / split_of(i) / info["file_name"])
-    soundfile.write(base + ".flac.tmp", audio.T, RATE, subtype="PCM_16", format="FLAC")
-    os.replace(base + ".flac.tmp", base + ".flac")
-    Path(base + ".json.tmp").write_text(json.dumps(info, ensure_ascii=False))
-    os.replace(base + ".json.tmp", base + ".json")
+    write_atomically(base + ".flac", lambda path: soundfile.write(path, audio.T, RATE, subtype="PCM_16", format="FLAC"))
+    write_atomically(base + ".json", lambda path: path.write_text(json.dumps(info, ensure_ascii=False)))
     return audio.shape[1] / RATE
 
 

@@ -11,6 +11,7 @@ One dialogue in the released columns becomes, seen from one of its speakers (the
 
 `python data.py` prints the prompt of a test dialogue and draws a piece of its streams.
 """
+import json
 import random
 import re
 import sys
@@ -202,6 +203,16 @@ def load_dialogues(source, split):
         raise InputError(f"{source} ({split}): the data set lacks the column {', '.join(missing)}; see spec of the "
                          "released columns in README.md, or make it with prepare.py")
     return loaded
+
+
+def made_with(source):
+    """What codes and embeddings of the data set in folder `source` are made with, a dict of codec_fingerprint, speaker_encoder
+    and speaker_size, out of prepare.py's info.json; {} where there is none, as in the released data. train.py copies it to the
+    checkpoint's config, so that generate.py can refuse what does not fit.
+    """
+    path = Path(source) / "info.json"
+    info = json.loads(path.read_text()) if path.exists() else {}
+    return {key: info[key] for key in ("codec_fingerprint", "speaker_encoder", "speaker_size") if key in info}
 
 
 def check_dialogue(dialogue, fmt):

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from codec import load_codec, read_audio, write_audio
+from codec import fingerprint, load_codec, read_audio, write_audio
 from config import InputError, load_settings
 from data import (
     BC,
@@ -31,6 +31,7 @@ from data import (
     event_counts,
     instruction,
     load_dialogues,
+    made_with,
     make_prompt,
 )
 from evaluate import label_segments, merge_words
@@ -312,11 +313,19 @@ def main(argv):
     if cfg.temperature < 0 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1 or cfg.max_frames < 1 or cfg.batch < 1:
         raise InputError("temperature and top_k are at least 0, top_p is in (0, 1], max_frames and batch at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, fmt, _ = load_checkpoint(cfg.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model, tokenizer, fmt, trained = load_checkpoint(cfg.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
     codec = load_codec(cfg.codec).to(device)
     if (codec.num_codebooks, codec.codebook_size) != (model.num_codebooks, model.codebook_size):
         raise InputError(f"{cfg.codec} has {codec.num_codebooks} codebooks of {codec.codebook_size} codes, but {cfg.model} "
                          f"was trained on {model.num_codebooks} of {model.codebook_size}; give the codec of its data")
+    if trained.get("codec_fingerprint", found := fingerprint(cfg.codec)) != found:
+        raise InputError(f"{cfg.codec} is not the codec that {cfg.model} was trained on (fingerprint {found}, not "
+                         f"{trained['codec_fingerprint']}), so its codes mean other sounds; give the codec of its data")
+    voices = Path(cfg.voices).parent if cfg.prompts else cfg.data
+    given, needed = ([made.get(key) for key in ("speaker_encoder", "speaker_size")] for made in (made_with(voices), trained))
+    if model.speaker_size and None not in given + needed and given != needed:
+        raise InputError(f"{voices}: its voices are embeddings by {given[0]} ({given[1]} numbers), but {cfg.model} was trained "
+                         f"on those by {needed[0]} ({needed[1]}); prepare them with speaker_encoder={needed[0]}")
     pairs = read_prompts(cfg.prompts, cfg.voices) if cfg.prompts else data_prompts(cfg, fmt)
     for speaker in (speaker for pair in pairs for speaker in pair):
         if model.speaker_size and len(speaker["embedding"]) != model.speaker_size:

@@ -2,20 +2,25 @@
 
     python prepare.py raw=corpus out=data                                 # the synthetic corpus: word times are given
     python prepare.py raw=../shared/real out=real codec=nanocodec.nemo    # recordings and transcripts without any times
+    torchrun --standalone --nproc_per_node=N prepare.py raw=behavior-sd out=data device=cuda    # a rank a GPU
+    python prepare.py rewrite data=data out=rewritten model=CHAT_MODEL    # narratives by a chat model: see rewrite.py
 
-Raw: RAW/{train,validation,test}/NAME.wav|flac|mp3|ogg (stereo, channel 0 = speakers[0]) and NAME.json beside each; a
-folder without these sub-folders is one split. The JSON holds the columns of spec 9 that aren't made here; `speakers`,
-`narrative` and `utterances` (each with `speaker`, `tts_text`, `backchannels`) are enough. Per dialogue:
+Raw: RAW/{train,validation,test}/NAME.wav|flac|mp3|ogg (stereo, channel 0 = speakers[0]) and NAME.json beside each, there
+or deeper (as in the unpacked tars of Behavior-SD); a folder without these sub-folders is one split. The JSON holds the
+columns of spec 9 that aren't made here; `speakers`, `narrative` and `utterances` (each with `speaker`, `tts_text`,
+`backchannels`) are enough. Per dialogue:
 
-    words       kept where given, else by forced alignment (pocketsphinx): inside the segment's times if given, else
+    words       kept where given, else by forced alignment (align.py): inside the segment's times if given, else
                 from the order of the text alone
     codes       both channels through the codec: dsu_c1_path, dsu_c2_path, K lists of T ids
     embeddings  of each speaker's first five voiced seconds (paper 2; Silero VAD): spk_emb_c1, spk_emb_c2
     narratives  new_narrative_s1/s2 kept where given, else the plain rule of `from_the_side_of`
+    situation, starter, biased_narrative    corpus.py's, kept behind the released columns; null in other data
 
 Out: OUT/SPLIT-00000-of-0000N.parquet, info.json (codec, encoder, counts, words not found), voices.json (voice ->
 embedding), dropped.jsonl (dialogues that cannot be used, and why; one never stops the run). Shards that exist are
-skipped: the same command resumes a run that was cut off.
+skipped: the same command resumes a run that was cut off. With N ranks (RANK and WORLD_SIZE in the environment) each makes
+every N-th shard, and rank 0 the rest of the files when all shards are there.
 """
 import collections
 import concurrent.futures
@@ -28,7 +33,7 @@ import os
 import re
 import sys
 import threading
-import unicodedata
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +42,10 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from codec import load_codec, read_audio
-from config import InputError, load_settings
-from listen import RATE, package, speaker_encoder, to_16k, voiced
+from align import align, end_of, segments, to_words
+from codec import AUDIO_SUFFIXES, fingerprint, load_codec, read_audio
+from config import InputError, load_settings, write_atomically
+from listen import RATE, speaker_encoder, to_16k, voiced
 
 SPLITS = ("train", "validation", "test")
 VOICED_SECONDS = 5.0  # how much speech a speaker embedding is made of (paper 2)
@@ -55,12 +61,12 @@ class PrepareSettings:
     speaker_encoder: str = "resemblyzer"  # see listen.speaker_encoder
     one_embedding_per_voice: bool = False  # every dialogue gets the embedding of the voice's first (training) dialogue
     shard_size: int = 100  # dialogues a parquet file; also what a cut-off run may lose
-    workers: int = 0  # processes, one thread each; 0: as many as cores
-    device: str = "cpu"  # where the codec runs
+    workers: int = 0  # processes, one thread each; 0: as many as cores, shared by this machine's ranks
+    device: str = "cpu"  # where the codec runs; cuda: the GPU of this rank
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Columns: names and types of the released data set (spec 9), fixed, so that shards concatenate whatever is missing
+# Columns: names and types of the released data set (spec 9) and corpus.py's, fixed, so that shards always concatenate
 
 INT, FLOAT, TEXT = pa.int64(), pa.float64(), pa.string()
 WORDS = pa.list_(pa.struct([("word", TEXT), ("start", FLOAT), ("dur", FLOAT)]))
@@ -76,11 +82,12 @@ COLUMNS = pa.schema([
     ("num_turns", INT), ("utterances", pa.list_(pa.struct(UTTERANCE))), ("tts_speaker_ids", pa.list_(TEXT)),
     ("tts_genders", pa.list_(TEXT)), ("statistics", pa.struct(STATISTICS)),
     ("dsu_c1_path", pa.list_(pa.list_(pa.int32()))), ("dsu_c2_path", pa.list_(pa.list_(pa.int32()))),
-    ("spk_emb_c1", pa.list_(pa.float32())), ("spk_emb_c2", pa.list_(pa.float32()))])
+    ("spk_emb_c1", pa.list_(pa.float32())), ("spk_emb_c2", pa.list_(pa.float32())),
+    ("situation", TEXT), ("starter", INT), ("biased_narrative", pa.bool_())])
 
 
 def read_dialogue(path):
-    """A raw JSON -> a dict of the released columns without codes and embeddings; what is missing is None.
+    """A raw JSON -> a dict of COLUMNS without codes and embeddings; what is missing is None.
 
     Raises InputError on a file that is no JSON, lacks a needed key, or names a speaker who is not among `speakers`.
     """
@@ -128,155 +135,6 @@ def from_the_side_of(name, narrative):
     for he, you in (("was", "were"), ("wasn't", "weren't"), ("is", "are"), ("isn't", "aren't"), ("has", "have")):
         text = re.sub(rf"\byou {he}(?!['\w])", f"you {you}", text)
     return re.sub(r"(^|[.!?]\s+)you", r"\1You", text)
-
-
-def segments(row, channel):
-    """What speaker `channel` utters, in order: own utterances, and own backchannels inside the other's utterances."""
-    return [part for u in row["utterances"] for part in ([u] if u["speaker_idx"] == channel else u["backchannels"])]
-
-
-def end_of(word):
-    return round(word["start"] + word["dur"], 4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Word times
-
-LETTERS = dict(rule.split(":") for rule in (  # spelling to phones, for words that are not in the dictionary
-    "tion:SH AH N,ough:AO,eigh:EY,igh:AY,tch:CH,sch:SH,sh:SH,ch:CH,th:TH,ph:F,wh:W,ck:K,ng:NG,qu:K W,kn:N,wr:R,ee:IY,"
-    "ea:IY,oo:UW,ou:AW,ow:OW,oi:OY,oy:OY,ai:EY,ay:EY,ey:IY,ie:IY,au:AO,aw:AO,er:ER,ir:ER,ur:ER,ar:AA R,or:AO R,ce:S EH,"
-    "ci:S IH,a:AE,b:B,c:K,d:D,e:EH,f:F,g:G,h:HH,i:IH,j:JH,k:K,l:L,m:M,n:N,o:OW,p:P,q:K,r:R,s:S,t:T,u:AH,v:V,w:W,x:K S,"
-    "y:IY,z:Z").split(","))
-HUMS = {"hm": "hmm", "mm": "hmm", "mmm": "hmm", "hmmm": "hmm"}
-
-
-def to_words(text):
-    """Text -> [(word without its punctuation, [spoken words in lower case])], as in ("21", ["twenty", "one"])."""
-    words = []
-    for token in re.split(r"[\s—–…/]+|\.\.+", text.replace("’", "'")):
-        said = unicodedata.normalize("NFKD", token.lower().replace("&", " and ").replace("%", " percent "))
-        if re.search(r"\d", said):
-            said = re.sub(r"(\d+)(st|nd|rd|th)?", lambda m: " " + package("num2words", "a number in a text").num2words(
-                m[1], to="ordinal" if m[2] else "cardinal") + " ", said.replace(",", ""))
-        if spoken := re.findall(r"[a-z](?:'?[a-z])*", said.encode("ascii", "ignore").decode()):
-            words.append((token.strip(" .,!?;:\"“”()[]{}*_-"), [HUMS.get(s, s) for s in spoken]))
-    return words
-
-
-@functools.cache
-def decoder(beam):
-    """pocketsphinx with its English acoustic model and dictionary; `beam`: how unlikely a path may become."""
-    Decoder = package("pocketsphinx", "a transcript without word times").Decoder
-    # no bestpath: that second search, over a word lattice, may leave the text and lose words at its end
-    d = Decoder(lm=None, samprate=RATE, loglevel="FATAL", bestpath=False, beam=beam, pbeam=beam, wbeam=beam ** 0.6)
-    for i, phones in enumerate(("HH AH M", "AH M", "M M M")):  # the dictionary has only the short HH M
-        d.add_word(f"hmm({i + 2})", phones, True)
-    return d
-
-
-def force_align(audio, words):
-    """audio (samples at 16 kHz), words as of `to_words` -> [(start, end)] in seconds for each word, or None."""
-    spoken = [s for _, said in words for s in said]
-    if not spoken or len(audio) < RATE / 10:
-        return None
-    for beam in (1e-48, 1e-100):  # the usual one; a slower one for what it loses
-        d = decoder(beam)
-        for s in spoken:
-            if d.lookup_word(s) is None:
-                letters = re.sub(r"([^aeiou])\1|'|(?<=\w\w[^aeiou])e$", r"\1", s)
-                d.add_word(s, " ".join(LETTERS[x] for x in re.findall("|".join(LETTERS), letters)) or "AH", True)
-        d.set_align_text(" ".join(spoken))
-        d.start_utt()
-        d.process_raw((audio * 32767).clip(-32768, 32767).astype(np.int16).tobytes(), full_utt=True)
-        d.end_utt()
-        found = [s for s in d.seg() if s.word[0] not in "<["] if d.hyp() else []  # the rest is silence and noise
-        if len(found) == len(spoken):
-            times = iter((s.start_frame / 100, (s.end_frame + 1) / 100) for s in found)  # 100 frames a second
-            groups = [[next(times) for _ in said] for _, said in words]
-            return [(group[0][0], group[-1][1]) for group in groups]
-    return None
-
-
-def overlap(a, b):
-    """Seconds that the stretches a and b, each (start, end), share."""
-    return max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
-
-
-def place(texts, audio, speech):
-    """Word times of all segments of a channel, given only their order: per segment [(start, end)], or None.
-
-    `texts`: words (of `to_words`) per segment; `speech`: the voiced stretches. The whole text is aligned to the audio
-    with long silences cut short. Its first or last word may then stand across a silence, beside the neighbouring
-    segment; so each voiced stretch is given to the segment that has most of it, and a segment with words far from its
-    stretches is aligned again, to them alone.
-    """
-    pieces, at = [], 0.0  # (start, end, start in the shortened audio)
-    for a, b in speech:
-        a, b = max(a - 0.3, pieces[-1][1] if pieces else 0.0), min(b + 0.3, len(audio) / RATE)
-        pieces.append((a, b, at))
-        at += b - a
-    cut = np.concatenate([audio[:0]] + [audio[round(a * RATE):round(b * RATE)] for a, b, _ in pieces])
-    times = force_align(cut, [word for words in texts for word in words])
-    if times is None:
-        return None
-
-    def back(t):  # time in the shortened audio -> in the audio
-        a, _, start = [p for p in pieces if p[2] <= t][-1]
-        return a + t - start
-
-    times = iter((back(a), back(b - 0.01) + 0.01) for a, b in times)
-    spans = [[next(times) for _ in words] for words in texts]
-    owned = [[] for _ in texts]
-    for s in speech:
-        shares = [sum(overlap(word, s) for word in span) for span in spans]
-        if any(shares):
-            owned[shares.index(max(shares))].append(s)
-    for k, own in enumerate(owned):
-        if own and (spans[k][0][0] < own[0][0] - 0.3 or spans[k][-1][1] > own[-1][1] + 0.3):
-            start, end = max(0.0, own[0][0] - 0.1), own[-1][1] + 0.1
-            again = force_align(audio[round(start * RATE):round(end * RATE)], texts[k])
-            spans[k] = [(a + start, b + start) for a, b in again] if again else spans[k]
-    return spans
-
-
-def align(row, audio):
-    """Fills in a dialogue's missing word times, and segments' times from them. audio: (2, samples) at 16 kHz.
-
-    Found is a word that lies at least half in voice activity; the others are left out. Returns a report: words, found,
-    unfound (segments that lack some), and starts, ends: how far the aligned segments' first word's start and last
-    word's end are from the nearest border of voice activity, in seconds.
-    """
-    report = {"words": 0, "found": 0, "unfound": [], "starts": [], "ends": []}
-    for channel in (0, 1):
-        parts = segments(row, channel)
-        if all(part["words"] for part in parts):
-            continue
-        speech = voiced(audio[channel])
-        if all(part.get("start_time") is not None and part.get("end_time") is not None for part in parts):
-            parts, spans = [part for part in parts if not part["words"]], []
-            for part in parts:
-                start = max(0.0, part["start_time"] - 0.1)
-                window = audio[channel][round(start * RATE):round((part["end_time"] + 0.1) * RATE)]
-                spans.append([(a + start, b + start) for a, b in force_align(window, to_words(part["tts_text"])) or []])
-        else:
-            spans = place([to_words(part["tts_text"]) for part in parts], audio[channel], speech)
-        if spans is None:
-            raise InputError(f"{row['file_name']}: the text of {row['speakers'][channel]} cannot be aligned to channel "
-                             f"{channel}; does the transcript belong to the recording, channel 0 = first speaker?")
-        for part, span in zip(parts, spans):
-            words = to_words(part["tts_text"])
-            part["words"] = [{"word": word, "start": round(a, 3), "dur": round(b - a, 3)} for (word, _), (a, b)
-                             in zip(words, span) if sum(overlap((a, b), s) for s in speech) >= (b - a) / 2]
-            report["words"] += len(words)
-            report["found"] += len(part["words"])
-            if len(part["words"]) < len(words):
-                report["unfound"].append(f"{row['file_name']}: {len(part['words'])} of {len(words)} words of "
-                                         f"{row['speakers'][channel]}'s {part['tts_text']!r} found")
-            if part["words"]:
-                part["start_time"], part["end_time"] = part["words"][0]["start"], end_of(part["words"][-1])
-                report["starts"].append(min(abs(a - part["start_time"]) for a, _ in speech))
-                report["ends"].append(min(abs(b - part["end_time"]) for _, b in speech))
-    return report
 
 
 def check_times(row, seconds, where):
@@ -362,26 +220,28 @@ def find_dialogues(settings):
         raise InputError(f"{raw}: no such folder; give raw=FOLDER with recordings and a JSON beside each")
     if settings.split not in SPLITS:
         raise InputError(f"split={settings.split}: must be one of {', '.join(SPLITS)}")
-    folders = {split: raw / split for split in SPLITS if (raw / split).is_dir()} or {settings.split: raw}
+    folders = {split: raw / split for split in SPLITS if (raw / split).is_dir()}
+    for other in sorted(p for p in raw.iterdir() if folders and p.is_dir() and p.name not in folders and p.name[0] != "."):
+        print(f"note: {other} is left out; a split is called {', '.join(SPLITS)}")
+    folders = folders or {settings.split: raw}
     found = {}
     for split, folder in folders.items():
         pairs = collections.defaultdict(lambda: [None, None])
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in (".json", ".wav", ".flac", ".mp3", ".ogg"):
-                pairs[path.stem][path.suffix.lower() != ".json"] = path
+        for path in folder.rglob("*"):
+            if path.suffix.lower() in (".json", *AUDIO_SUFFIXES):
+                pairs[path.with_suffix("")][path.suffix.lower() != ".json"] = path
         found[split] = [tuple(pairs[name]) for name in sorted(pairs)]
     if not any(found.values()):
-        raise InputError(f"{raw}: no recordings in it (NAME.wav, .flac, .mp3 or .ogg with NAME.json beside it)")
+        raise InputError(f"{raw}: no recordings in it (NAME with {', '.join(AUDIO_SUFFIXES)} and NAME.json beside it)")
     return found
 
 
 def identity(settings, dialogues):
     """What the data set is made of: a folder holds one, and its readers can refuse what does not fit."""
-    codec, path = codec_on(settings.codec, settings.device), Path(settings.codec)
-    content = path.read_bytes() if path.is_file() else settings.codec.encode()
+    codec = codec_on(settings.codec, settings.device)
     names = " ".join(f"{split}/{a or b}" for split, items in dialogues.items() for a, b in items)
     return {
-        "codec": path.name, "codec_fingerprint": hashlib.sha256(content).hexdigest()[:16],
+        "codec": Path(settings.codec).name, "codec_fingerprint": fingerprint(settings.codec),
         "num_codebooks": codec.num_codebooks, "codebook_size": codec.codebook_size, "sample_rate": codec.sample_rate,
         "frame_rate": codec.sample_rate / codec.samples_per_frame, "speaker_encoder": settings.speaker_encoder,
         "speaker_size": speaker_encoder(settings.speaker_encoder)[1],
@@ -410,17 +270,14 @@ def voices(out):
     return json.loads(Path(out, "voices.json").read_text())
 
 
-def write_text(path, text):
-    """Writes a file atomically."""
-    Path(f"{path}.tmp").write_text(text)
-    os.replace(f"{path}.tmp", path)
+def write_json(path, content, indent=None):
+    write_atomically(path, lambda new: new.write_text(json.dumps(content, indent=indent)))
 
 
 def write_shard(path, rows, reports):
     """Writes rows of COLUMNS as parquet, atomically; the reports go in its metadata, so that resuming has them."""
     table = pa.Table.from_pylist(rows, schema=COLUMNS.with_metadata({"reports": json.dumps(reports)}))
-    pq.write_table(table, f"{path}.tmp", compression="zstd")
-    os.replace(f"{path}.tmp", path)
+    write_atomically(path, lambda new: pq.write_table(table, new, compression="zstd"))
 
 
 def list_some(lines, most=20):
@@ -439,9 +296,9 @@ def summarise(out, shards, info):
         for names, *embeddings in zip(*table.values()):
             heard = dict(zip(names, embeddings)) | heard  # the first one stays
     if not info["one_embedding_per_voice"]:
-        write_text(out / "voices.json", json.dumps(heard))
+        write_json(out / "voices.json", heard)
     dropped = [{key: r[key] for key in ("split", "name", "reason")} for r in reports if "reason" in r]
-    write_text(out / "dropped.jsonl", "".join(json.dumps(d) + "\n" for d in dropped))
+    write_atomically(out / "dropped.jsonl", lambda new: new.write_text("".join(json.dumps(d) + "\n" for d in dropped)))
     kept = [r for r in reports if "reason" not in r]
     hours = sum(r["seconds"] for r in kept) / 3600
     print(f"{out}: {len(kept)} of {len(reports)} dialogues, {hours:.2f} h, {len(heard)} voices; {len(dropped)} dropped")
@@ -458,7 +315,7 @@ def summarise(out, shards, info):
             result[f"{border}_off_ms"] = [round(float(x)) for x in (np.median(off), off.mean(), np.quantile(off, 0.9))]
             print("segment {}: off from voice activity by {} ms (median), {} (mean), {} (90 %)".format(
                 border, *result[f"{border}_off_ms"]))
-    write_text(out / "info.json", json.dumps(info | result, indent=1))
+    write_json(out / "info.json", info | result, indent=1)
     if not kept:
         raise InputError(f"none of the {len(dropped)} dialogues could be used; the first: {dropped[0]['reason']}")
 
@@ -469,10 +326,28 @@ def start_worker():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+def wait_for(paths, what):
+    """Returns when all paths are there: what other ranks make."""
+    if not all(path.exists() for path in paths):
+        print(f"waiting for {what} of other ranks; if one has ended, end this too and give the same command again")
+        while not all(path.exists() for path in paths):
+            time.sleep(2)
+
+
 def main(argv):
+    if argv[:1] == ["rewrite"]:
+        import rewrite
+        return rewrite.main(argv[1:])
     settings = load_settings(PrepareSettings, argv)
     if settings.shard_size < 1 or settings.workers < 0:
         raise InputError("shard_size must be at least 1 and workers at least 0")
+    rank, world, local_rank, local_world = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if settings.device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"device=cuda: this machine shows {torch.cuda.device_count()} GPUs, too few for local rank "
+                             f"{local_rank}; start as many processes as GPUs, or leave device=cpu")
+        settings.device = f"cuda:{local_rank}"
     out, dialogues = Path(settings.out), find_dialogues(settings)
     info = identity(settings, dialogues)
     out.mkdir(parents=True, exist_ok=True)
@@ -480,10 +355,12 @@ def main(argv):
         old = json.loads((out / "info.json").read_text())
         if differs := [f"{key} was {old.get(key)} and is {info[key]}" for key in info if old.get(key) != info[key]]:
             raise InputError(f"{out}: holds a data set whose {', '.join(differs)}; give another out= or remove it")
-    else:
-        write_text(out / "info.json", json.dumps(info, indent=1))
-    if settings.one_embedding_per_voice and not (out / "voices.json").exists():
-        write_text(out / "voices.json", json.dumps(first_samples(dialogues, settings)))
+    elif rank == 0:
+        write_json(out / "info.json", info, indent=1)
+    if settings.one_embedding_per_voice:
+        if rank == 0 and not (out / "voices.json").exists():
+            write_json(out / "voices.json", first_samples(dialogues, settings))
+        wait_for([out / "voices.json"], "the voices")
 
     shards = {}  # path -> its items
     for split, items in dialogues.items():
@@ -491,15 +368,16 @@ def main(argv):
         for i, start in enumerate(starts):
             path = out / f"{split}-{i:05d}-of-{len(starts):05d}.parquet"
             shards[path] = items[start:start + settings.shard_size]
-    todo = {path: items for path, items in shards.items() if not path.exists()}
+    todo = {path: shards[path] for path in list(shards)[rank::world] if not path.exists()}
     items = [item for shard in todo.values() for item in shard]
-    print(f"{len(items)} dialogues to do; {len(shards) - len(todo)} of {len(shards)} shards are there already")
-    work, workers = functools.partial(prepare_dialogue, settings=settings), settings.workers or os.cpu_count()
+    print(f"rank {rank} of {world}: {len(items)} dialogues to do, {len(todo)} of {len(shards)} shards")
+    workers = settings.workers or max(1, os.cpu_count() // local_world)
+    work = functools.partial(prepare_dialogue, settings=settings)
     # spawn, since a process forked after torch has run threads may hang
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
             done = map(work, items) if min(workers, len(items)) < 2 else pool.map(work, items, chunksize=2)
-            with tqdm(total=len(items), unit="dialogue", smoothing=0.05) as bar:
+            with tqdm(total=len(items), unit="dialogue", smoothing=0.05, disable=rank > 0) as bar:
                 for path, shard in todo.items():
                     results = []
                     for _ in shard:
@@ -511,7 +389,9 @@ def main(argv):
                              "perhaps with fewer workers=, to go on from the last whole shard") from e
         finally:
             pool.shutdown(cancel_futures=True)
-    summarise(out, shards, info)
+    if rank == 0:
+        wait_for(shards, "shards")
+        summarise(out, shards, info)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from data import (
     epoch_batches,
     instruction,
     load_dialogues,
+    made_with,
     segments,
 )
 from model import load_checkpoint, new_model, save_checkpoint
@@ -105,9 +106,11 @@ def build(cfg, fmt):
     first = load_dialogues(cfg.data, "train")[0]
     speaker_size = len(first["spk_emb_c1"]) if cfg.speaker_embedding else 0
     if cfg.init:
-        model, tokenizer, saved, _ = load_checkpoint(cfg.init)
+        model, tokenizer, saved, trained = load_checkpoint(cfg.init)
         made_for = vars(saved) | {"codebooks": model.num_codebooks, "speaker numbers": model.speaker_size}
         asked = vars(fmt) | {"codebooks": len(first["dsu_c1_path"]), "speaker numbers": speaker_size}
+        made = {key: value for key, value in made_with(cfg.data).items() if speaker_size or key == "codec_fingerprint"}
+        made_for, asked = made_for | {key: trained[key] for key in made if key in trained}, asked | made
         if differs := [f"{key} {value} (now {asked[key]})" for key, value in made_for.items()
                        if value != asked[key] and key != "max_frames"]:
             raise InputError(f"init={cfg.init} was trained with another {', '.join(differs)}; use its data and settings")
@@ -256,7 +259,7 @@ def main(argv):
         if rank:
             return
         settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "resume")}
-        extra = {"trained_steps": step, "train_config": settings}
+        extra = {"trained_steps": step, "train_config": settings} | made_with(cfg.data)
         for name in ["last"] + ["best"] * is_best:
             save_checkpoint(out / name, model, tokenizer, fmt, extra, getattr(torch, cfg.save_dtype))
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,

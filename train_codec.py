@@ -30,8 +30,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from codec import HOP, STEPS, MiniCodec, mel_filters, read_audio, save_minicodec
-from config import InputError, load_settings
+from codec import AUDIO_SUFFIXES, HOP, STEPS, MiniCodec, mel_filters, read_audio, save_minicodec
+from config import InputError, load_settings, write_atomically
 
 FRAME = STEPS * HOP  # samples
 MEL_SCALES = {256: 20, 512: 40, 1024: 80, 2048: 120}  # STFT window -> mel bands of the distance
@@ -75,9 +75,10 @@ def load_audio(folder, phones=None):
     Returns audio (N,) int16, labels (N / 252,) uint8 (index into `phones`; 0 is silence), phones (list of str; empty
     where a recording has none, else the ones given or, if None, all that occur). Raises InputError if there are none.
     """
-    paths = sorted(p for p in Path(folder).glob("*") if p.suffix in (".flac", ".wav", ".mp3"))
+    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
     if not paths:
-        raise InputError(f"{folder}: holds no .flac, .wav or .mp3; give data=FOLDER with train/ and validation/ in it")
+        raise InputError(f"{folder}: holds no recording ({', '.join(AUDIO_SUFFIXES)}); give data=FOLDER with train/ and "
+                         "validation/ in it")
 
     def read(path):
         audio = read_audio(path)
@@ -240,8 +241,8 @@ def main(argv):
     def save():
         """The checkpoint and the codec as it is now, each atomic."""
         state = {name: module.state_dict() for name, module in kept.items()}
-        torch.save(state | {"step": step, "spent": spent, "settings": asdict(s)}, out / "checkpoint.pt.tmp")
-        os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")
+        state |= {"step": step, "spent": spent, "settings": asdict(s)}
+        write_atomically(out / "checkpoint.pt", lambda path: torch.save(state, path))
         save_minicodec(average, out / "codec.safetensors")
 
     out.mkdir(parents=True, exist_ok=True)

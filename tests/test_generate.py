@@ -5,11 +5,12 @@ import re
 import pytest
 import soundfile
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 
 import generate
+from codec import fingerprint
 from config import InputError
-from data import SILENCE_PAD, UTTERANCE_PAD, WORD_PAD
+from data import SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, made_with
 from generate import Sampler, stream_words
 from model import FActor, load_checkpoint, save_checkpoint
 
@@ -87,6 +88,13 @@ def test_bad_input(fails, words, tmp_path):
     refuses("give the codec of its data", *words, f"model={GOLDEN}/checkpoint")
 
 
+def test_the_shipped_parts_belong_together():
+    made = made_with(ROOT / "default" / "data")
+    assert made["codec_fingerprint"] == fingerprint(ROOT / "default" / "codec.safetensors")
+    config = json.loads((ROOT / "default" / "model" / "config.json").read_text())
+    assert all(config.get(key, value) == value for key, value in made.items())
+
+
 def test_stream_words():
     tokenizer = load_checkpoint(GOLDEN / "checkpoint")[1]
     silence, utterance, word, mark = tokenizer.convert_tokens_to_ids([SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, "[BC]"])
@@ -106,3 +114,21 @@ def test_sampler_draws_what_it_should():
     assert counts[0] == counts[3] == 0  # below the top two
     assert abs(counts[2] / counts.sum() - 1 / (1 + torch.e ** -1)) < 0.03
     assert (Sampler([1], 0, 0, 1.0)(logits) == 2).all()
+
+
+def test_another_codec_or_speaker_encoder_is_refused(golden_codec_model, words, tmp_path):
+    """A model that knows what its data were made with takes nothing else; one that doesn't (all tests above) takes it."""
+    model, tokenizer, fmt, _ = load_checkpoint(golden_codec_model)
+    made = {"codec_fingerprint": fingerprint(GOLDEN / "codec.nemo"), "speaker_encoder": "ecapa", "speaker_size": 192}
+    save_checkpoint(tmp_path / "knows", model, tokenizer, fmt, made)
+    words += [f"model={tmp_path}/knows"]
+    (tmp_path / "prompts.json").write_text(json.dumps([PAIR]))
+    generate.main([*words, "--prompts", str(tmp_path / "prompts.json"), "max_frames=3"])
+    assert (tmp_path / "out" / "dialogue_0000.wav").exists()
+    (tmp_path / "info.json").write_text(json.dumps(made | {"speaker_encoder": "resemblyzer"}))  # beside voices.json
+    refuses("embeddings by resemblyzer (192 numbers)", *words, "--prompts", tmp_path / "prompts.json")
+    (tmp_path / "info.json").write_text(json.dumps(made | {"speaker_size": 256}))
+    refuses("embeddings by ecapa (256 numbers)", *words, f"data={tmp_path}")
+    (tmp_path / "info.json").unlink()
+    (tmp_path / "other.nemo").write_bytes((GOLDEN / "codec.nemo").read_bytes() + bytes(512))  # padding: still a whole tar
+    refuses("other.nemo is not the codec that", *words, f"codec={tmp_path}/other.nemo")

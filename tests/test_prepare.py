@@ -7,23 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import GOLDEN, ROOT
+from conftest import ROOT
 
 import data
 import prepare
-from codec import read_audio
+from codec import fingerprint, read_audio
 from config import InputError
 
 SPEECH = Path(__file__).parent / "speech" / "dialogue"  # 13 s from corpus.py, with the synthesiser's word times
+CODEC = ROOT / "default" / "codec.safetensors"
 REAL = ROOT.parent / "shared" / "real"
 
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """make("key=value", ...): prepare.py in this process, with a golden codec and a stand-in speaker encoder."""
+    """make("key=value", ...): prepare.py in this process, with the small codec and a stand-in speaker encoder."""
     monkeypatch.setattr(prepare, "speaker_encoder", lambda name: (lambda audio: audio[:8], 8))
-    return lambda *words: prepare.main([f"raw={tmp_path}/raw", f"out={tmp_path}/out", f"codec={GOLDEN}/codec.nemo",
-                                        "workers=1", *words])
+    return lambda *words: prepare.main([f"raw={tmp_path}/raw", f"out={tmp_path}/out", f"codec={CODEC}", "workers=1", *words])
 
 
 def put(folder, name, change=lambda info: None):
@@ -73,7 +73,7 @@ def test_real_recording(tmp_path, make, capsys):
     assert info["words_found"] > 0.98 * info["words_aligned"] > 150
     assert info["starts_off_ms"][0] < 50 and info["ends_off_ms"][0] < 150 and "words found" in capsys.readouterr().out
     (row,) = data.load_dialogues(str(tmp_path / "out"), "train")
-    data.check_dialogue(row, data.StreamFormat())
+    data.check_dialogue(row, data.StreamFormat(codebook_size=info["codebook_size"]))
     u = row["utterances"]
     assert 3 < u[1]["start_time"] < 4 and u[3]["uttr_type"] == "interrupted" and u[4]["start_time"] > 30
     for part in u[5]["backchannels"]:  # "Oh, really?" and "Hmm" are said inside the other's turn
@@ -86,6 +86,8 @@ def test_real_recording(tmp_path, make, capsys):
 def test_given_times_are_kept_in_every_split(tmp_path, make):
     for split, name in (("train", "a"), ("train", "b"), ("validation", "c"), ("test", "d")):
         put(tmp_path / "raw" / split, name)
+    own = {"situation": "lost_dog", "starter": 0, "biased_narrative": True}  # corpus.py's
+    put(tmp_path / "raw" / "train", "a", lambda info: info.update(own))
     make("shard_size=1")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.parquet")) == [
         "test-00000-of-00001.parquet", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet",
@@ -97,10 +99,11 @@ def test_given_times_are_kept_in_every_split(tmp_path, make):
     assert [u["words"] for u in row["utterances"]] == [u["words"] for u in truth["utterances"]]
     for key in ("narrative", "new_narrative_s1", "speakers", "behaviors", "tts_speaker_ids", "soda_index"):
         assert row[key] == truth[key]
+    assert {key: loaded[key][:] for key in own} == {key: [value, None] for key, value in own.items()}
     assert np.array(row["dsu_c1_path"]).shape == np.array(row["dsu_c2_path"]).shape
     assert len(row["spk_emb_c1"]) == 8 and row["spk_emb_c1"] != row["spk_emb_c2"]
     info = json.loads((tmp_path / "out" / "info.json").read_text())
-    assert info["kept"] == {"train": 2, "validation": 1, "test": 1} and info["codebook_size"] == 4032
+    assert info["kept"] == {"train": 2, "validation": 1, "test": 1} and info["codec_fingerprint"] == fingerprint(CODEC)
 
 
 def test_resumes_and_refuses_another_make(tmp_path, make, monkeypatch):
@@ -118,6 +121,36 @@ def test_resumes_and_refuses_another_make(tmp_path, make, monkeypatch):
     put(tmp_path / "raw", "d")
     with pytest.raises(InputError, match="dialogues was .* give another out="):
         make("shard_size=1")
+
+
+def test_two_ranks_make_what_one_makes(tmp_path, make, monkeypatch, capsys):
+    for name in ("0001/a", "0001/b", "0002/a"):  # deeper folders, as Behavior-SD's tars unpack
+        put((tmp_path / "raw" / "train" / name).parent, name[-1])
+    (tmp_path / "raw" / "val").mkdir()
+    make("shard_size=1", f"out={tmp_path}/alone")
+    assert "raw/val is left out; a split is called train, validation, test" in capsys.readouterr().out
+
+    def as_rank(rank, *words):
+        for key, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(key, str(value))
+        make("shard_size=1", *words)
+
+    made = []
+
+    def other_rank(seconds):  # what happens while rank 0 waits
+        made.extend(path.name[:11] for path in sorted((tmp_path / "out").glob("*.parquet")))
+        assert not (tmp_path / "out" / "dropped.jsonl").exists()
+        as_rank(1)
+
+    monkeypatch.setattr(prepare.time, "sleep", other_rank)
+    as_rank(0)
+    assert made == ["train-00000", "train-00002"]
+    for name in ("dropped.jsonl", "info.json", "voices.json"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "alone" / name).read_text()
+    both, alone = (data.load_dialogues(str(tmp_path / name), "train")[:] for name in ("out", "alone"))
+    assert both == alone and both["file_name"] == ["a", "b", "a"]
+    with pytest.raises(InputError, match="0 GPUs, too few for local rank 0"):
+        as_rank(0, "device=cuda")
 
 
 def test_what_cannot_be_used_is_dropped_with_its_reason(tmp_path, make, capsys):
@@ -153,9 +186,10 @@ def test_what_cannot_be_used_is_dropped_with_its_reason(tmp_path, make, capsys):
 
 def test_bad_settings_end_with_one_line(tmp_path, fails):
     fails("no such folder", "prepare.py", f"raw={tmp_path}/nowhere")
-    fails("no recordings", "prepare.py", f"raw={tmp_path}")
-    put(tmp_path, "a")
-    fails("no such codec file", "prepare.py", f"raw={tmp_path}", f"codec={tmp_path}/x.nemo", f"out={tmp_path}/out")
+    for message, codec in (("no recordings", CODEC), ("no such codec file", tmp_path / "x.nemo")):
+        with pytest.raises(InputError, match=message):
+            prepare.main([f"raw={tmp_path}", f"codec={codec}", f"out={tmp_path}/out"])
+        put(tmp_path, "a")
 
 
 def test_all_dropped_is_an_error(tmp_path, make):
@@ -169,7 +203,7 @@ def test_processes_and_one_embedding_per_voice(tmp_path, run):
     pytest.importorskip("resemblyzer")
     for split, name in (("train", "a"), ("train", "b"), ("test", "c")):
         put(tmp_path / "raw" / split, name, lambda info, n=name: info.update(tts_speaker_ids=["joe", f"joe_{n}"]))
-    run("prepare.py", f"raw={tmp_path}/raw", f"out={tmp_path}/out", f"codec={GOLDEN}/codec.nemo", "workers=2",
+    run("prepare.py", f"raw={tmp_path}/raw", f"out={tmp_path}/out", f"codec={CODEC}", "workers=2",
         "one_embedding_per_voice=true")
     voices = json.loads((tmp_path / "out" / "voices.json").read_text())
     assert list(voices) == ["joe", "joe_a", "joe_b", "joe_c"]

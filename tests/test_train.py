@@ -1,7 +1,9 @@
 """Training: two processes as one, kill and resume, what is written, and the messages for bad settings."""
 import csv
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +74,18 @@ def test_bad_settings(fails, tiny_data, tmp_path):
     (tiny_data / "info.json").write_text('{"codebook_size": 64}')
     refuses("set codebook_size=64", f"data={tiny_data}", f"out={tmp_path}/x")
     (tiny_data / "info.json").unlink()
+
+
+def test_codec_and_speaker_encoder_travel_with_the_checkpoint(tiny_data, tiny, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    made = {"codec_fingerprint": "a1", "speaker_encoder": "ecapa", "speaker_size": 192}
+    info = {"codebook_size": 64, "codec": "x.nemo"} | made
+    (tmp_path / "data" / "info.json").write_text(json.dumps(info))
+    words = [*tiny, f"data={tmp_path}/data", "steps=1", "accumulation=1"]
+    train.main([*words, f"out={tmp_path}/a"])
+    assert made.items() <= json.loads((tmp_path / "a" / "best" / "config.json").read_text()).items()
+    (tmp_path / "data" / "info.json").write_text(json.dumps(info | {"codec_fingerprint": "b2"}))
+    refuses("trained with another codec_fingerprint a1 (now b2)", *words, f"out={tmp_path}/b", f"init={tmp_path}/a/best")
 
 
 def test_checkpoint_that_does_not_fit(tmp_path, dialogues):
