@@ -378,7 +378,8 @@ def find_dialogues(settings):
 def identity(settings, dialogues):
     """What the data set is made of: a folder holds one, and its readers can refuse what does not fit."""
     codec, path = codec_on(settings.codec, settings.device), Path(settings.codec)
-    content = path.read_bytes() if path.is_file() else settings.codec.encode()
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))  # a hub name has none
+    content = b"".join(file.read_bytes() for file in files) or settings.codec.encode()
     names = " ".join(f"{split}/{a or b}" for split, items in dialogues.items() for a, b in items)
     return {
         "codec": path.name, "codec_fingerprint": hashlib.sha256(content).hexdigest()[:16],
