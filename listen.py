@@ -79,7 +79,7 @@ def recognise(audio, start=0.0, asr="pocketsphinx"):
     if asr == "parakeet" or asr.endswith(".nemo"):
         model = _parakeet("nvidia/parakeet-tdt-0.6b-v2" if asr == "parakeet" else asr)
         words = model.transcribe([audio], timestamps=True, verbose=False)[0].timestamp["word"]
-        return [{"word": w["word"], "start": start + w["start"], "end": start + w["end"]} for w in words]
+        return [{"word": w["word"], "start": start + w["start"], "end": start + w["end"]} for w in words if w["word"]]
     decoder = pocketsphinx_decoder()
     decoder.start_utt()
     decoder.process_raw((audio * 32767).astype(np.int16).tobytes(), full_utt=True)
@@ -149,7 +149,7 @@ def speaker_encoder(name, device="cpu"):
             length = torch.tensor([audio.shape[1]], device=device)
             return model(input_signal=audio, input_signal_length=length)[1][0].float().cpu().numpy()  # (logits, embedding)
 
-        return embed, model.cfg.decoder.emb_sizes
+        return embed, len(embed(np.zeros(RATE, np.float32)))
     if name == "spkrec-ecapa-voxceleb" or path.is_dir():
         classifiers = package("speechbrain.inference.classifiers", name, "requirements-speechbrain.txt")
         source = name if path.is_dir() else f"speechbrain/{name}"

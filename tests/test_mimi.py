@@ -103,9 +103,11 @@ def test_from_recordings_to_speech(tmp_path, tiny, monkeypatch, changes):
     monkeypatch.setattr(prepare, "embed", lambda *_: [0.1, 0.2])
     monkeypatch.setattr(prepare, "speaker_encoder", lambda *_: (None, 2))
     put_dialogue(tmp_path / "raw")
-    prepare.main([f"raw={tmp_path}/raw", f"out={tmp_path}/data", f"codec={mimi}", "workers=1"])
+    prepare.main([f"raw={tmp_path}/raw", f"out={tmp_path}/data", f"codec={mimi}", "workers=1",
+                  "speaker_encoder=x/ecapa_tdnn.nemo"])
     info = json.loads((tmp_path / "data" / "info.json").read_text())
     assert (info["sample_rate"], info["frame_rate"], info["num_codebooks"], info["codebook_size"]) == (24000, 12.5, 8, 2048)
+    assert (info["speaker_encoder"], info["speaker_size"]) == ("ecapa_tdnn", 2)  # a file is the model that it holds
     train.main([f"data={tmp_path}/data", f"out={tmp_path}/run", *tiny, "codebook_size=2048", "steps=1", "eval_every=1",
                 "batch_size=1", "accumulation=1"])
     generate.main([f"model={tmp_path}/run/best", f"codec={mimi}", f"data={tmp_path}/data", f"out={tmp_path}/out",
