@@ -1,7 +1,9 @@
-"""Speech to codes and back: NanoCodec in plain PyTorch, our own small MiniCodec, the FSQ they share, and audio files.
+"""Speech to codes and back: NanoCodec in plain PyTorch, our own small MiniCodec, the FSQ they share, Mimi of
+transformers, and audio files.
 
-One frame is 1764 samples at 22,050 Hz (12.5 frames a second); each frame becomes K independent codes, one per codebook.
-A codec is `load_codec(path)`; `encode` and `decode` are its whole interface:
+All make 12.5 frames a second: 1764 samples at 22,050 Hz (Mimi: 1920 at 24 kHz); each frame becomes K independent codes,
+one per codebook (Mimi: K that build on each other). A codec is `load_codec(path)`; `encode` and `decode` are its whole
+interface:
 
     audio (B, N) --encoder--> z (B, K*D, T) --FSQ--> codes (B, K, T) --FSQ^-1--> z^ (B, K*D, T) --decoder--> audio
 
@@ -256,9 +258,7 @@ class NanoCodec(nn.Module):
         """
         check_codes(codes, self.num_codebooks, self.codebook_size)
         audio = self.decoder(self.fsq.decode(codes))[:, 0]  # causal: what follows an item cannot change it
-        lengths = torch.full((len(codes),), codes.shape[2]) if lengths is None else torch.as_tensor(lengths)
-        samples = lengths.to(codes.device) * self.samples_per_frame
-        return audio * length_mask(samples, audio.shape[1]), samples
+        return silence_behind(audio, lengths, self.samples_per_frame)
 
 
 def whole_frames(audio, lengths, samples_per_frame):
@@ -274,6 +274,14 @@ def whole_frames(audio, lengths, samples_per_frame):
     size = int(frames.max()) * samples_per_frame
     audio = F.pad(audio, (0, size - audio.shape[1]))  # a negative pad cuts
     return audio * length_mask(lengths, size), frames
+
+
+def silence_behind(audio, lengths, samples_per_frame):
+    """audio (B, T * samples_per_frame), lengths (B,) in frames or None (all T) -> (audio with zeros behind each item,
+    sample lengths (B,))."""
+    lengths = torch.full((len(audio),), audio.shape[1] // samples_per_frame) if lengths is None else torch.as_tensor(lengths)
+    samples = lengths.to(audio.device) * samples_per_frame
+    return audio * length_mask(samples, audio.shape[1]), samples
 
 
 def check_codes(codes, num_codebooks, codebook_size):
@@ -395,8 +403,7 @@ class MiniCodec(nn.Module):
         lengths = torch.full((len(codes),), codes.shape[2]) if lengths is None else torch.as_tensor(lengths)
         mask = length_mask(lengths.to(codes.device), codes.shape[2])
         audio = self.synthesise(self.fsq.decode(codes), mask[:, :, None].float()).clamp(-1, 1)
-        samples = lengths.to(codes.device) * self.samples_per_frame
-        return audio * length_mask(samples, audio.shape[1]), samples
+        return silence_behind(audio, lengths, self.samples_per_frame)
 
 
 def mel_filters(bands, n_fft, sample_rate):
@@ -419,16 +426,55 @@ def save_minicodec(codec, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Mimi
+
+
+class Mimi(nn.Module):
+    """Kyutai's Mimi (Defossez et al. 2024, arXiv 2410.00037): transformers' MimiModel behind NanoCodec's interface.
+
+    Residual quantisation: codebook k codes what is left by those before it, so its codes depend on theirs; the first,
+    the semantic one, stands apart. Of the released 32 the paper uses the first 8. Causal in both directions.
+
+    Attributes: sample_rate (24,000 Hz), samples_per_frame (1920), num_codebooks K (8), codebook_size C (2048).
+    """
+
+    num_codebooks = 8
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.sample_rate, self.codebook_size = model, model.config.sampling_rate, model.config.codebook_size
+        self.samples_per_frame = round(self.sample_rate / model.config.frame_rate)
+
+    @torch.no_grad()
+    def encode(self, audio, lengths=None):
+        """As NanoCodec.encode."""
+        audio, frames = whole_frames(audio, lengths, self.samples_per_frame)
+        codes = self.model.encode(audio[:, None], num_quantizers=self.num_codebooks).audio_codes  # (B, K, T)
+        return codes * length_mask(frames, codes.shape[2])[:, None], frames
+
+    @torch.no_grad()
+    def decode(self, codes, lengths=None):
+        """As NanoCodec.decode."""
+        check_codes(codes, self.num_codebooks, self.codebook_size)
+        audio = self.model.decode(codes.long()).audio_values[:, 0].clamp(-1, 1)
+        return silence_behind(audio, lengths, self.samples_per_frame)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
 
 def load_codec(path):
     """The codec in `path`, in eval mode on the CPU: NanoCodec from a `.nemo` archive (fetched, given its hub name
-    `nvidia/...`), MiniCodec from a `.safetensors` file. Raises InputError on one that is missing, damaged or no codec.
+    `nvidia/...`), MiniCodec from a `.safetensors` file, Mimi from a folder or the hub (`kyutai/mimi`). Raises InputError
+    on one that is missing, damaged or no codec.
     """
+    if Path(path).is_dir() or (str(path).startswith("kyutai/") and not Path(path).exists()):
+        return _load_mimi(str(path))
     path = Path(_fetch(str(path)) if str(path).startswith("nvidia/") and not Path(path).exists() else path)
     if not path.is_file():
-        raise InputError(f"{path}: no such codec file; give a .nemo archive, a .safetensors file or nvidia/NAME")
+        raise InputError(f"{path}: no such codec file; give a .nemo archive, a .safetensors file, a folder of Mimi's, "
+                         "nvidia/NAME or kyutai/mimi")
     if path.suffix == ".safetensors":
         return _load_minicodec(path)
     return _load_nemo(path)
@@ -460,6 +506,26 @@ def _load_minicodec(path):
     except RuntimeError as e:
         raise InputError(f"{path}: its weights don't fit its config ({' '.join(str(e).split())[:150]})") from e
     return codec.eval().requires_grad_(False)
+
+
+def _load_mimi(source):
+    """A folder or hub name with transformers' config.json and model.safetensors -> Mimi."""
+    from transformers import AutoConfig, MimiModel  # here, since it takes seconds and no other codec needs it
+    try:
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind != "mimi":
+            raise InputError(f"{source}: holds a model of the kind {kind}, not a Mimi codec; give kyutai/mimi or its copy")
+        model, report = MimiModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True,
+                                                  output_loading_info=True)
+    except InputError:
+        raise
+    except Exception as e:  # no network, no such folder, cut off, of another shape: as many classes
+        raise InputError(f"{source}: cannot be loaded as a Mimi codec ({_brief(e)}); give kyutai/mimi, or without a "
+                         "network a folder with its config.json and model.safetensors") from e
+    if missing := report["missing_keys"]:  # transformers would leave them random
+        raise InputError(f"{source}: {len(missing)} of Mimi's weights are missing, the first: {min(missing)}; download it "
+                         "again")
+    return Mimi(model).eval().requires_grad_(False)
 
 
 def _fetch(hub_name):

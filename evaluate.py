@@ -205,24 +205,26 @@ def embed(audio):
 
 
 def load_channels(dialogue):
-    """Both channels of a dialogue, (2, N) at 22,050 Hz: its recording, that through a codec, or its codes decoded."""
+    """Both channels of a dialogue, (2, N), and their sample rate: its recording, that through a codec, or its codes
+    decoded."""
     codec = _codec(dialogue["codec"]) if dialogue["codec"] else None
+    rate = codec.sample_rate if codec else 22050
     with torch.no_grad():
         if dialogue["codes"]:
-            return codec.decode(torch.tensor(dialogue["codes"]))[0]
-        audio = read_audio(dialogue["audio"], channels=2)
-        lasts, (times, codes) = audio.shape[1] / 22050, dialogue["seconds"]
+            return codec.decode(torch.tensor(dialogue["codes"]))[0], rate
+        audio = read_audio(dialogue["audio"], channels=2, sample_rate=rate)
+        lasts, (times, codes) = audio.shape[1] / rate, dialogue["seconds"]
         if times > lasts + 0.5 or codes and abs(codes - lasts) > 1:
             raise InputError(f"{dialogue['audio']} lasts {lasts:.1f} s, but in its JSON the last word ends at {times:.1f} s"
                              + (f" and the codes at {codes:.1f} s" if codes else "") + "; they do not belong together")
-        return codec.decode(codec.encode(audio)[0])[0][:, :audio.shape[1]] if codec else audio
+        return codec.decode(codec.encode(audio)[0])[0][:, :audio.shape[1]] if codec else audio, rate
 
 
 def hear(dialogue, settings):
     """All that listening to a dialogue gives, from the audio alone: {duration, channels: [{speech, words, mos, snippet,
     first, last}] x 2}: voiced [start, end] (s), recognised words, quality per segment, embeddings of a random snippet of
     3-5 s and of the first and the last segment. Raises InputError on a silent channel or one without words."""
-    audio = to_16k(load_channels(dialogue))
+    audio = to_16k(*load_channels(dialogue))
     heard = {"duration": audio.shape[1] / RATE, "channels": []}
     rng = np.random.default_rng([settings.seed, int(1e6 * abs(float(audio.mean())))])
     for k, channel in enumerate(audio):
@@ -577,7 +579,7 @@ def _before_and_after(job):
     codec = _codec(settings.codec)
     with torch.no_grad():
         after = codec.decode(codec.encode(audio[None])[0])[0][:len(audio)]
-    pair = [to_16k(audio), to_16k(after)]
+    pair = [to_16k(audio, codec.sample_rate), to_16k(after, codec.sample_rate)]
     wrong = [word_errors(text, " ".join(w["word"] for w in recognise(x, asr=settings.asr))) for x in pair]
     return wrong[0][0], wrong[1][0], wrong[0][1], *(quality(x, settings.quality) for x in pair)
 
@@ -586,7 +588,7 @@ def codec_worth(settings):
     """Prints WER and DNSMOS of utterances of a raw folder before and after the codec, each on the single utterance."""
     if not settings.codec:
         raise InputError("raw= needs codec=FILE, the codec to measure")
-    load_codec(settings.codec)  # a bad file shall fail here, not in the workers
+    rate = load_codec(settings.codec).sample_rate  # and a bad file fails here, not in the workers
     folder = Path(settings.raw)
     folder = folder / settings.split if (folder / settings.split).is_dir() else folder
     sounds = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in AUDIO and path.with_suffix(".json").exists()]
@@ -597,8 +599,9 @@ def codec_worth(settings):
     rng, work = np.random.default_rng(settings.seed), []
     for i in rng.choice(len(said), min(settings.n or 100, len(said)), replace=False):
         path, u = said[i]
-        start, end = (int(22050 * max(0, u[key] + pad)) for key, pad in (("start_time", -0.1), ("end_time", 0.1)))
-        work.append((read_audio(path, channels=2)[u["speaker_idx"], start:end].clone(), u["tts_text"], settings))
+        start, end = (int(rate * max(0, u[key] + pad)) for key, pad in (("start_time", -0.1), ("end_time", 0.1)))
+        audio = read_audio(path, channels=2, sample_rate=rate)[u["speaker_idx"], start:end].clone()
+        work.append((audio, u["tts_text"], settings))
     results = np.array(over_cores(_before_and_after, work, settings.jobs, "codec"), float)
     row = {f"wer{i}": interval(lambda x: 100 * x[:, 0].sum() / x[:, 1].sum(), results[:, [i, 2]]) for i in (0, 1)}
     row |= {f"mos{i}": interval(np.mean, results[:, 3 + i]) for i in (0, 1)}

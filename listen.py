@@ -1,7 +1,8 @@
 """The models that listen to speech, for prepare.py and evaluate.py: voice activity, recogniser, quality, speaker encoder.
 
 All take audio as (N,) float32 samples at 16 kHz in [-1, 1]; `to_16k` makes it. Each model is loaded once per process, at
-its first use. The packages are in requirements-corpus.txt; one that is missing is an InputError that says so.
+its first use. The packages are in requirements-corpus.txt, those of the paper's models in requirements-full.txt and
+requirements-speechbrain.txt; one that is missing is an InputError that says so.
 """
 import functools
 import importlib
@@ -18,12 +19,13 @@ from config import InputError
 RATE = 16000  # Hz, of every model here
 
 
-def package(name, use):
+def package(name, use, requirements="requirements-corpus.txt"):
     """The imported package `name`; raises InputError if it is not installed. use: what for, in the message."""
     try:
         return importlib.import_module(name)
-    except ImportError as e:
-        raise InputError(f"{use} needs {name} ({e}); python -m pip install -r requirements-corpus.txt") from e
+    except (ImportError, OSError) as e:  # OSError: a library that it is linked to does not load
+        brief = " ".join(str(e).split())[:150]
+        raise InputError(f"{use} needs {name.split('.')[0]} ({brief}); python -m pip install -r {requirements}") from e
 
 
 def to_16k(audio, sample_rate=22050):
@@ -54,19 +56,30 @@ def pocketsphinx_decoder():
     return package("pocketsphinx", "the recogniser").Decoder(samprate=RATE, loglevel="FATAL")
 
 
+def _nemo_model(name, kind, device):
+    """The model of NeMo's class `kind` in a local .nemo file, or fetched by its name. Raises InputError."""
+    models = package("nemo.collections.asr.models", name, "requirements-full.txt")
+    try:
+        fetch = getattr(models, kind).restore_from if Path(name).is_file() else getattr(models, kind).from_pretrained
+        return fetch(name, map_location=torch.device(device)).eval()
+    except Exception as e:  # no network, no such name, a broken file: NeMo raises as many classes
+        raise InputError(f"{name}: NeMo cannot load it ({' '.join(str(e).split())[:150]}); without a network, give the path "
+                         "of its .nemo file") from e
+
+
 @functools.cache
-def _parakeet():
-    from nemo.collections.asr.models import ASRModel
-    return ASRModel.from_pretrained("nvidia/parakeet-tdt-0.6b-v2")
+def _parakeet(name):
+    return _nemo_model(name, "ASRModel", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def recognise(audio, start=0.0, asr="pocketsphinx"):
     """Words of some speech, [{word, start, end}], times in seconds after `start`, the time of audio[0].
 
-    asr: pocketsphinx, or parakeet (NeMo's Parakeet-TDT, the paper's)."""
-    if asr == "parakeet":
-        words = _parakeet().transcribe([audio], timestamps=True, verbose=False)[0].timestamp["word"]
-        return [{"word": w["word"], "start": start + w["start"], "end": start + w["end"]} for w in words]
+    asr: pocketsphinx, or parakeet (NeMo's Parakeet-TDT, the paper's), or the path of such a model's .nemo file."""
+    if asr == "parakeet" or asr.endswith(".nemo"):
+        model = _parakeet("nvidia/parakeet-tdt-0.6b-v2" if asr == "parakeet" else asr)
+        words = model.transcribe([audio], timestamps=True, verbose=False)[0].timestamp["word"]
+        return [{"word": w["word"], "start": start + w["start"], "end": start + w["end"]} for w in words if w["word"]]
     decoder = pocketsphinx_decoder()
     decoder.start_utt()
     decoder.process_raw((audio * 32767).astype(np.int16).tobytes(), full_utt=True)
@@ -110,15 +123,42 @@ def quality(audio, model="dnsmos"):
 # ---- speaker encoders -------------------------------------------------------------------------------------------------
 
 @functools.cache
-def speaker_encoder(name):
-    """Name of a speaker encoder -> (function from audio to its embedding (S,), S). Raises InputError on an unknown one.
+def speaker_encoder(name, device="cpu"):
+    """Name of a speaker encoder -> (function from audio to its embedding (S,) numpy, S). device: where it runs. Raises
+    InputError on one that is unknown or cannot be loaded.
 
-    resemblyzer: GE2E (Wan et al. 2018), 256 numbers of length 1.
+    resemblyzer                 GE2E (Wan et al. 2018), 256 numbers of length 1
+    ecapa_tdnn                  NeMo's ECAPA-TDNN (Desplanques et al. 2020), 192 numbers, not normalised: the released ones;
+                                also the path of a .nemo file of NeMo's speaker models
+    spkrec-ecapa-voxceleb       SpeechBrain's ECAPA-TDNN, 192 numbers, not normalised; also the path of a folder with its
+                                files, whose hyperparams.yaml must be trusted, since it names code that is run
     """
+    path = Path(name)
     if name == "resemblyzer":
         warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # by webrtcvad, which resemblyzer imports
         resemblyzer = package("resemblyzer", "the speaker encoder")
-        model = resemblyzer.VoiceEncoder("cpu", verbose=False)
+        model = resemblyzer.VoiceEncoder(device, verbose=False)
         # what resemblyzer's own preprocessing does, less the trimming: the audio is voiced already
         return lambda audio: model.embed_utterance(resemblyzer.normalize_volume(audio, -30, increase_only=True)), 256
-    raise InputError(f"speaker_encoder={name}: not known; known: resemblyzer")
+    if name == "ecapa_tdnn" or path.suffix == ".nemo":
+        model = _nemo_model(name, "EncDecSpeakerLabelModel", device)
+
+        @torch.inference_mode()
+        def embed(audio):
+            audio = torch.from_numpy(audio)[None].to(device)
+            length = torch.tensor([audio.shape[1]], device=device)
+            return model(input_signal=audio, input_signal_length=length)[1][0].float().cpu().numpy()  # (logits, embedding)
+
+        return embed, len(embed(np.zeros(RATE, np.float32)))
+    if name == "spkrec-ecapa-voxceleb" or path.is_dir():
+        classifiers = package("speechbrain.inference.classifiers", name, "requirements-speechbrain.txt")
+        source = name if path.is_dir() else f"speechbrain/{name}"
+        try:  # without the override, a local folder's weights would be fetched from the hub
+            model = classifiers.EncoderClassifier.from_hparams(source, overrides={"pretrained_path": source},
+                                                               run_opts={"device": device})
+        except Exception as e:  # no network, files missing or of another model
+            raise InputError(f"{source}: SpeechBrain cannot load it ({' '.join(str(e).split())[:150]}); without a network, "
+                             "give the folder of its files") from e
+        return lambda audio: model.encode_batch(torch.from_numpy(audio)[None])[0, 0].float().cpu().numpy(), 192
+    raise InputError(f"speaker_encoder={name}: not known; known: resemblyzer, ecapa_tdnn, spkrec-ecapa-voxceleb, the path of "
+                     "a .nemo file or of a SpeechBrain folder")

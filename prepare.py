@@ -62,7 +62,7 @@ class PrepareSettings:
     one_embedding_per_voice: bool = False  # every dialogue gets the embedding of the voice's first (training) dialogue
     shard_size: int = 100  # dialogues a parquet file; also what a cut-off run may lose
     workers: int = 0  # processes, one thread each; 0: as many as cores, shared by this machine's ranks
-    device: str = "cpu"  # where the codec runs; cuda: the GPU of this rank
+    device: str = "cpu"  # where the codec and the speaker encoder run; cuda: the GPU of this rank
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def codec_on(path, device):
     return load_codec(path).to(device)
 
 
-def embed(audio, encoder, where):
+def embed(audio, settings, where):
     """Speaker embedding of the first five voiced seconds of `audio` (samples at 16 kHz): list of numbers (paper 2)."""
     for seconds in (15, len(audio) / RATE):  # most speakers have said enough in 15 s
         head = audio[:round(seconds * RATE)]
@@ -175,7 +175,8 @@ def embed(audio, encoder, where):
             break
     if len(speech) < RATE / 2:
         raise InputError(f"{where}: {len(speech) / RATE:.1f} s of speech is too little for a speaker embedding")
-    return [float(v) for v in speaker_encoder(encoder)[0](speech[:round(VOICED_SECONDS * RATE)])]
+    encode = speaker_encoder(settings.speaker_encoder, settings.device)[0]
+    return [float(v) for v in encode(speech[:round(VOICED_SECONDS * RATE)])]
 
 
 @torch.inference_mode()
@@ -202,7 +203,7 @@ def prepare_dialogue(item, settings):
             if settings.one_embedding_per_voice and voice not in voices(settings.out):
                 raise InputError(f"{recording}: no recording of the voice {voice} has enough speech for an embedding")
             row[f"spk_emb_c{c + 1}"] = (voices(settings.out)[voice] if settings.one_embedding_per_voice else
-                                        embed(low[c], settings.speaker_encoder, f"{recording}, {row['speakers'][c]}"))
+                                        embed(low[c], settings, f"{recording}, {row['speakers'][c]}"))
         pa.Table.from_pylist([row], schema=COLUMNS)  # a value of an odd type shows here, not in the finished shard
         return row, report | {"seconds": seconds}
     except (InputError, pa.ArrowException) as e:
@@ -243,8 +244,9 @@ def identity(settings, dialogues):
     return {
         "codec": Path(settings.codec).name, "codec_fingerprint": fingerprint(settings.codec),
         "num_codebooks": codec.num_codebooks, "codebook_size": codec.codebook_size, "sample_rate": codec.sample_rate,
-        "frame_rate": codec.sample_rate / codec.samples_per_frame, "speaker_encoder": settings.speaker_encoder,
-        "speaker_size": speaker_encoder(settings.speaker_encoder)[1],
+        "frame_rate": codec.sample_rate / codec.samples_per_frame,
+        "speaker_encoder": Path(settings.speaker_encoder).stem,  # x/ecapa_tdnn.nemo is ecapa_tdnn
+        "speaker_size": speaker_encoder(settings.speaker_encoder, settings.device)[1],
         "one_embedding_per_voice": settings.one_embedding_per_voice, "shard_size": settings.shard_size,
         "dialogues": {split: len(items) for split, items in dialogues.items()},
         "raw_fingerprint": hashlib.sha256(names.encode()).hexdigest()[:16]}
@@ -258,7 +260,7 @@ def first_samples(dialogues, settings):
             for channel, voice in enumerate(read_dialogue(transcript)["tts_speaker_ids"] if transcript else []):
                 if recording and voice not in found:
                     audio = read_audio(recording, channels=2, sample_rate=RATE)[channel].numpy()
-                    found[voice] = embed(audio, settings.speaker_encoder, f"{recording}, {voice}")
+                    found[voice] = embed(audio, settings, f"{recording}, {voice}")
         except InputError:
             pass  # the dialogue is dropped, with this reason, in its turn
     return found

@@ -100,7 +100,7 @@ def test_recordings_that_do_not_fit(tmp_path):
     (tmp_path / "g_other.json").write_text("[1]")
     found, failed = find_dialogues(tmp_path, Settings())
     assert [dialogue["name"][0] for dialogue in found] == list("abcde") and list(failed) == ["f_broken"]
-    assert load_channels(found[0]).shape == (2, 22050) == load_channels(found[4]).shape
+    assert load_channels(found[0])[0].shape == (2, 22050) == load_channels(found[4])[0].shape
     for dialogue, message in zip(found[1:4], ("mono", "do not belong together", "do not belong together")):
         with pytest.raises(InputError, match=message):
             load_channels(dialogue)

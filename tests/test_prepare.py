@@ -22,7 +22,7 @@ REAL = ROOT.parent / "shared" / "real"
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     """make("key=value", ...): prepare.py in this process, with the small codec and a stand-in speaker encoder."""
-    monkeypatch.setattr(prepare, "speaker_encoder", lambda name: (lambda audio: audio[:8], 8))
+    monkeypatch.setattr(prepare, "speaker_encoder", lambda name, device: (lambda audio: audio[:8], 8))
     return lambda *words: prepare.main([f"raw={tmp_path}/raw", f"out={tmp_path}/out", f"codec={CODEC}", "workers=1", *words])
 
 
