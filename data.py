@@ -11,6 +11,7 @@ One dialogue in the released columns becomes, seen from one of its speakers (the
 
 `python data.py` prints the prompt of a test dialogue and draws a piece of its streams.
 """
+import json
 import random
 import re
 import sys
@@ -202,6 +203,13 @@ def load_dialogues(source, split):
         raise InputError(f"{source} ({split}): the data set lacks the column {', '.join(missing)}; see spec of the "
                          "released columns in README.md, or make it with prepare.py")
     return loaded
+
+
+def speaker_encoder_of(folder):
+    """Name of the speaker encoder that made the embeddings of a prepared data set, from the info.json that prepare.py left
+    in its folder; "" where there is none."""
+    info = Path(folder) / "info.json"
+    return json.loads(info.read_text()).get("speaker_encoder", "") if info.exists() else ""
 
 
 def check_dialogue(dialogue, fmt):

@@ -32,6 +32,7 @@ from data import (
     instruction,
     load_dialogues,
     make_prompt,
+    speaker_encoder_of,
 )
 from evaluate import label_segments, merge_words
 from model import load_checkpoint
@@ -294,7 +295,8 @@ def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, s
         speaker["text"] = " ".join(word["word"] for word in speaker["words"])
     write_audio(stem.with_suffix(".wav"), audio, sample_rate)
     draw_timeline(stem.with_suffix(".png"), audio, sample_rate, speakers)
-    record = {"speakers": speakers, "settings": settings, "codes": [row.tolist() for row in codes]}
+    encoder = speaker_encoder_of(Path(settings["voices"]).parent if settings["prompts"] else settings["data"])
+    record = {"speakers": speakers, "speaker_encoder": encoder, "settings": settings, "codes": [row.tolist() for row in codes]}
     Path(f"{stem}.json.tmp").write_text(json.dumps(record))
     os.replace(f"{stem}.json.tmp", f"{stem}.json")
 
