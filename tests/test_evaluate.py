@@ -12,7 +12,7 @@ from conftest import GOLDEN, ROOT
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import evaluate
-from config import InputError
+from config import InputError, load_settings
 from evaluate import Settings, find_dialogues, fit_thresholds, from_raw, load_channels, normalise, pearson, turn_taking
 
 SPEECH = Path(__file__).parent / "speech"  # 13 s of the corpus: three utterances, three backchannels
@@ -45,6 +45,17 @@ def test_text_for_wer():
     assert normalise("[BC] [WORD_PAD]Uh-huh, I don’t  KNOW! <|SOS|>[INTER]") == "uh huh i dont know"
     pytest.importorskip("jiwer")
     assert evaluate.word_errors("one two three four", "one too three for you") == (3, 4)
+
+
+def test_command_line():
+    """Folders stand anywhere among the settings; a bool needs no value, and does not swallow a folder."""
+    folders = []
+    settings = load_settings(Settings, ["one", "--fit-thresholds", "two", "--asr", "parakeet", "n=3", "--default", "false"],
+                             folders)
+    assert folders == ["one", "two"] and (settings.fit_thresholds, settings.asr, settings.n) == (True, "parakeet", 3)
+    assert not settings.default
+    with pytest.raises(InputError, match="--asr has no value"):
+        load_settings(Settings, ["one", "--asr"], folders)
 
 
 def test_correlation():
@@ -172,6 +183,7 @@ def folder_of(path, audio, change=lambda i, pair: pair, encoder="resemblyzer"):
 def stub(monkeypatch):
     """Listening without models: dialogue i, known by its audio, tells STORIES[i] in the voices of its prompts."""
     monkeypatch.setattr(evaluate, "speaker_encoder", lambda name: (None, 2))
+    monkeypatch.setattr(evaluate, "draw_table", lambda *_: None)  # takes a second
     monkeypatch.setattr(evaluate, "hear", lambda audio, *_: heard(-0.5, STORIES[round(1000 * float(audio[0, 400:600].mean()))
                                                                                % len(STORIES)].split()))
 
