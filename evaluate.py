@@ -147,7 +147,8 @@ def from_raw(info, voices):
     """Speakers of a raw Behavior-SD dialogue or data-set row (spec 9) in the form of generate.py's JSON.
 
     voices: {voice: embedding}, for recordings without embeddings of their own."""
-    info = info | {"utterances": [{"uttr_type": None, "backchannels": [], **u} for u in info["utterances"]]}
+    info = info | {"utterances": [u | {"uttr_type": u.get("uttr_type"), "backchannels": u.get("backchannels") or []}
+                                  for u in info["utterances"]]}
     speakers = []
     for k in (0, 1):
         own = [(part, kind) for part, kind, _ in segments_of(info, k)]
@@ -212,11 +213,10 @@ def find_dialogues(folder, settings):
                 raise InputError(f"has {len(speakers)} speakers, must have 2")
             ends = [word["end"] for speaker in speakers for word in speaker.get("words") or []]
             ends += [speaker.get("end", 0) for speaker in speakers]
+            encoder = speaker_encoder_of(Path(settings.voices).parent) if of_voices else info.get("speaker_encoder") or ""
             found.append({"name": name, "speakers": speakers, "annotated": raw, "audio": str(sounds[name]), "codes": None,
                           "codec": "", "until": max(ends), "lasts": len((info.get("codes") or [[[]]])[0][0]) / FRAME_RATE,
-                          "settings": info.get("settings") or {},
-                          "encoder": speaker_encoder_of(Path(settings.voices).parent) if of_voices
-                          else info.get("speaker_encoder") or ""})
+                          "encoder": encoder, "settings": info.get("settings") or {}})
         except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             failed[name] = str(e) if isinstance(e, InputError) else f"its JSON is not that of a dialogue ({e!r})"
     if not found:
@@ -500,9 +500,10 @@ TABLES = {  # title: {metric: (header, decimals)}
                 "english": ("English %", 1), "time_difference": ("time diff s", 2)},
     "instruction following": {
         "correct_start": ("correct start %", 1), "similarity": ("speaker sim", 2), "drift": ("drift", 2),
-        "narrative": ("narrative 1-5", 2), "narrative_mrr": ("narrative MRR*", 2), "r_backchannels": ("BC r", 2),
-        "r_interruptions": ("inter. r", 2), "missing_backchannels": ("BC missing", 1), "extra_backchannels": ("BC extra", 1),
-        "missing_interruptions": ("inter. missing", 1), "extra_interruptions": ("inter. extra", 1)},
+        "narrative": ("narrative 1-5", 2), "unusable": ("unusable %", 1), "narrative_mrr": ("narrative MRR*", 2),
+        "r_backchannels": ("BC r", 2), "r_interruptions": ("inter. r", 2), "missing_backchannels": ("BC missing", 1),
+        "extra_backchannels": ("BC extra", 1), "missing_interruptions": ("inter. missing", 1),
+        "extra_interruptions": ("inter. extra", 1)},
     "turn-taking, seconds per minute": {"ipu": ("IPU", 1), "pause": ("pause", 1), "gap": ("gap", 1), "overlap": ("overlap", 1)},
 }
 PAPER = {  # the paper's rows, for orientation (spec 8); its quality is UTMOS, its recogniser Parakeet
