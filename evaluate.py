@@ -552,14 +552,14 @@ def perplexity(folder, settings):
         made = [json.loads(path.read_text()).get("settings") or {}]
     if not made or "model" not in made[0]:
         return {}
-    from data import Dialogues, collate
+    from data import Dialogues, collate, load_dialogues
     from model import load_checkpoint
     model, tokenizer, fmt, _ = load_checkpoint(made[0]["model"])
-    dialogues = Dialogues(made[0]["data"], settings.split, tokenizer, fmt, settings.n)
+    dialogues = Dialogues(load_dialogues(made[0]["data"], settings.split), tokenizer, fmt, settings.n)
     losses = []
     with torch.inference_mode():
-        for sides in tqdm(dialogues.items, desc=f"perplexity of {made[0]['model']}", unit="dialogue"):
-            batch = collate(sides, tokenizer.eos_token_id, fmt)
+        for i in tqdm(range(len(dialogues)), desc=f"perplexity of {made[0]['model']}", unit="dialogue"):
+            batch = collate([dialogues[i, 0], dialogues[i, 1]], tokenizer.eos_token_id, fmt)
             hidden = model(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"], batch["speaker"],
                            batch["prompt_mask"])
             found = model.loss(hidden, batch)

@@ -60,7 +60,7 @@ def test_no_text_stream(dialogues, tokenizer):
 
 
 def test_dropped_dialogues_are_counted(tiny_data, dialogues, tokenizer):
-    data = Dialogues(str(tiny_data), "train", tokenizer, FORMAT)
+    data = Dialogues(load_dialogues(tiny_data, "train"), tokenizer, FORMAT)
     assert len(data) + len(data.dropped) == len(dialogues) and data.dropped
 
 
