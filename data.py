@@ -11,6 +11,7 @@ One dialogue in the released columns becomes, seen from one of its speakers (the
 
 `python data.py` prints the prompt of a test dialogue and draws a piece of its streams.
 """
+import itertools
 import random
 import re
 import sys
@@ -276,7 +277,7 @@ def stream_items(dialogues, tokenizer, fmt, seed, rank=0, world=1, place=(0, 0, 
     while True:
         order = split_dataset_by_node(dialogues.shuffle(seed=seed + epoch, buffer_size=1000), rank, world)
         useful = bool(read)
-        for dialogue in order.skip(read):
+        for dialogue in itertools.islice(order, read, None):  # IterableDataset.skip would skip before it splits
             read += 1
             check_dialogue(dialogue, fmt)
             first_side = random.Random(f"{seed}/{dialogue['soda_index']}").randrange(2)

@@ -47,7 +47,7 @@ class Config:
     resume: bool = False  # go on from out/state.pt
     val_split: str = "validation"  # "train" for a set that has no other
     limit: int = 0  # only the first N dialogues of every split; 0: all
-    streaming: bool = False  # lay out training dialogues when they are needed, not all at the start (data.stream_items)
+    streaming: bool = False  # read and lay out training dialogues when they are needed, not all at the start
     # streams (data.StreamFormat)
     codebook_size: int = 4032
     alignment: str = "word"  # text stream: word | utterance | none
@@ -269,7 +269,8 @@ def main(argv):
 
     def streamed_batches(place):
         """The same of a split that is too large to be laid out at the start; a place as of data.stream_items."""
-        stream = stream_items(opened.take(cfg.limit) if cfg.limit else opened, tokenizer, fmt, cfg.seed, rank, world, place)
+        some = opened.take(cfg.limit) if cfg.limit else opened
+        stream = stream_items(some, tokenizer, fmt, cfg.seed, rank, world, place)
         while True:
             items, places = zip(*itertools.islice(stream, cfg.batch_size))
             yield items, places[-1]
@@ -286,7 +287,7 @@ def main(argv):
         """Mean losses over the validation split, every dialogue from both sides."""
         model.eval()
         keys = sorted(((i, side) for i in range(len(val)) for side in (0, 1)),
-                      key=lambda key: val[key]["audio"].shape[1])
+                      key=lambda key: val.lengths[key[0]])
         mine = keys[rank::world]
         total = {name: torch.zeros(()) for name in ("loss", "audio_system", "audio_user", "text")}
         for k in range(0, len(mine), cfg.batch_size):
@@ -364,7 +365,8 @@ def main(argv):
             is_best = found["loss"] < best
             best, bad_evals = (found["loss"], 0) if is_best else (best, bad_evals + 1)
             say(f"  validation | loss {found['loss']:.4f} | ppl audio {row['val_ppl_audio_system']:.1f} (user "
-                f"{row['val_ppl_audio_user']:.1f}) text {row['val_ppl_text']:.2f}" + " | best so far" * is_best, flush=True)
+                f"{row['val_ppl_audio_user']:.1f}) text {row['val_ppl_text']:.2f}" + " | best so far" * is_best
+                + f" | dropped from process 0's stream: {place[2]}" * cfg.streaming, flush=True)
         if rank == 0:
             log.writerow(row)
             log_file.flush()

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -151,12 +152,18 @@ def test_command_train(checkpoint, by_index, tmp_path):
     model, tokenizer, _, _ = checkpoint
     for i, case in enumerate(json.loads((GOLDEN / "forward.json").read_text())):
         fmt, folder = golden_format(case["variant"], 2048, model.codebook_size), tmp_path / str(i)
+        dialogue, side = by_index[case["soda_index"]], case["system_speaker"]
         save_checkpoint(folder / "model", model, tokenizer, fmt, {})
-        write_split(folder, [by_index[case["soda_index"]]], "train")
-        seed = next(seed for seed in range(99) if train.epoch_batches([1], 1, 0, seed) == [[(0, case["system_speaker"])]])
-        train.main([f"init={folder}/model", f"data={folder}", f"out={folder}/run", "val_split=train", "steps=1",
+        write_split(folder, [dialogue], "train")
+        write_split(folder, list(by_index.values()), "validation")
+        # a stored dialogue is kept if both sides can be laid out, a streamed one is laid out from the side that is drawn
+        if streaming := streams(dialogue, 1 - side, tokenizer, fmt) is None:
+            seed = next(s for s in range(99) if random.Random(f"{s}/{dialogue['soda_index']}").randrange(2) == side)
+        else:
+            seed = next(s for s in range(99) if train.epoch_batches([1], 1, 0, s) == [[(0, side)]])
+        train.main([f"init={folder}/model", f"data={folder}", f"out={folder}/run", f"streaming={streaming}", "steps=1",
                     "accumulation=1", "prompt_text=true", "first_frame=false", f"seed={seed}", f"delay={fmt.delay}",
-                    f"alignment={fmt.alignment}", f"behaviour_tokens={str(fmt.behaviour_tokens).lower()}",
+                    f"alignment={fmt.alignment}", f"behaviour_tokens={fmt.behaviour_tokens}",
                     f"codebook_size={model.codebook_size}"])
         with open(folder / "run" / "log.csv") as file:
             (row,) = csv.DictReader(file)
