@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from config import InputError, write_atomically
+from config import InputError, hub_problem, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finite scalar quantisation
@@ -533,8 +533,7 @@ def _fetch(hub_name):
         from huggingface_hub import hf_hub_download
         return hf_hub_download(hub_name, hub_name.split("/")[-1] + ".nemo")
     except Exception as e:  # no network, no such model, refused, disk full: all end the same way for the user
-        raise InputError(f"{hub_name}: cannot fetch this codec ({type(e).__name__}); without a network, give the path "
-                         f"of a local .nemo file or of the small .safetensors codec") from e
+        raise InputError(f"codec {hub_name}: {hub_problem(e)}") from e
 
 
 def _load_nemo(path):

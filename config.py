@@ -23,6 +23,31 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def hub_problem(error):
+    """Why the hub gave nothing, and what to do, as the end of an InputError's line. Libraries wrap the cause in errors of
+    their own, so the whole chain is looked through."""
+    from huggingface_hub import errors
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+
+    def found(*kinds):
+        return any(isinstance(e, kinds) for e in chain)
+    if found(errors.GatedRepoError):
+        return ("it is gated: accept its terms on its page of the hub, then set HF_TOKEN to a token of that account (or run "
+                "hf auth login)")
+    if found(errors.RepositoryNotFoundError):
+        return ("neither a path here nor a repository of the hub, or a private one: check the name; a private one needs "
+                "HF_TOKEN")
+    if found(errors.LocalEntryNotFoundError, ConnectionError) or any("Connect" in type(e).__name__ or "Timeout" in
+                                                                     type(e).__name__ for e in chain):
+        return ("not in the cache, and the hub cannot be reached: check the path, the network and HF_HUB_OFFLINE, or copy it "
+                "from a machine with network and give its path")
+    if found(errors.EntryNotFoundError):
+        return "the hub's repository lacks a file that is needed: check the name"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def load_settings(cls, argv, folders=None):
     """Fill the dataclass `cls` from `argv`: YAML files, `key=value` and `--key value` words, in that order of reading.
     `--key` of a bool needs no value.

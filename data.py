@@ -11,6 +11,7 @@ One dialogue in the released columns becomes, seen from one of its speakers (the
 
 `python data.py` prints the prompt of a test dialogue and draws a piece of its streams.
 """
+import itertools
 import json
 import random
 import re
@@ -20,8 +21,9 @@ from pathlib import Path
 
 import datasets
 import torch
+from datasets.distributed import split_dataset_by_node
 
-from config import InputError, load_settings
+from config import InputError, hub_problem, load_settings
 
 # In this order behind the tokenizer's own vocabulary; the counting tokens only keep the rows of released checkpoints.
 SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, BC, INTER = "[SILENCE_PAD]", "[UTTERANCE_PAD]", "[WORD_PAD]", "[BC]", "[INTER]"
@@ -121,9 +123,8 @@ def text_stream(dialogue, system, tokenizer, fmt):
             row[first:first + len(ids)] = ids
             continue
         free = 0  # the first frame that no earlier word of this segment needs
-        for i, word in enumerate(words):
-            text = (mark if i == 0 else " ") + word["word"].lower()
-            ids = tokenizer.encode(text, add_special_tokens=False)
+        texts = [(" " if i else mark) + word["word"].lower() for i, word in enumerate(words)]
+        for word, ids in zip(words, tokenizer(texts, add_special_tokens=False)["input_ids"]):  # one call is faster
             start = int(word["start"] * rate)
             overflow += free > start
             start = max(start, free)
@@ -160,7 +161,8 @@ def collate(items, end_token, fmt):
     """Items of `streams` to one batch of B. Prompts are padded on the left, frames on the right, so that frame 0 is at
     the same position for all; every item's frames are closed by the end id and the end token.
 
-    Returns prompt (B, P) and prompt_mask, audio (B, 2K, T) and text (B, T) with frame_mask (B, T), speaker (B, S).
+    Returns prompt (B, P) and prompt_mask (B, P), audio (B, 2K, T) and text (B, T) with frame_mask (B, T), speaker (B, S).
+    prompt_mask is None if no prompt is padded: attention is faster without.
     """
     size, prompt_len = len(items), max(len(item["prompt"]) for item in items)
     num_frames = max(item["audio"].shape[1] for item in items) + 1
@@ -177,28 +179,31 @@ def collate(items, end_token, fmt):
         batch["audio"][b, :, :length] = item["audio"]
         batch["text"][b, :length] = item["text"]
         batch["frame_mask"][b, :length + 1] = True
+    if batch["prompt_mask"].all():
+        batch["prompt_mask"] = None
     return batch
 
 
-def load_dialogues(source, split):
+def load_dialogues(source, split, streaming=False):
     """A split of a prepared data set: a folder of `prepare.py` (SPLIT-*.parquet), or a hub id.
 
-    Returns a datasets.Dataset with the released columns (spec 9). Raises InputError if it is not there, has no such
-    split, or lacks a column.
+    Returns a datasets.Dataset with the released columns (spec 9), or an IterableDataset, which reads (and fetches) no more
+    than is asked of it, if streaming. Raises InputError if it is not there, has no such split, or lacks a column.
     """
     files = sorted(map(str, Path(source).glob(f"{split}-*.parquet")))
     try:
         if files:
-            loaded = datasets.load_dataset("parquet", data_files=files, split="train")
+            loaded = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
         elif Path(source).exists():
             raise InputError(f"{source}: no {split}-*.parquet here; prepare.py writes such a folder")
         else:
-            loaded = datasets.load_dataset(source, split=split)
+            loaded = datasets.load_dataset(source, split=split, streaming=streaming)
+        columns = loaded.column_names or list(next(iter(loaded)))  # a stream may not know them before it reads
     except InputError:
         raise
     except Exception as e:  # datasets wraps the many ways of a broken file or a missing network in as many classes
-        raise InputError(f"{source}: cannot open the data set's split '{split}': {' '.join(str(e).split())[:300]}") from e
-    missing = [column for column in COLUMNS if column not in loaded.column_names]
+        raise InputError(f"{source}: cannot open the data set's split '{split}': {hub_problem(e)}") from e
+    missing = [column for column in COLUMNS if column not in columns]
     if missing:
         raise InputError(f"{source} ({split}): the data set lacks the column {', '.join(missing)}; see spec of the "
                          "released columns in README.md, or make it with prepare.py")
@@ -238,30 +243,65 @@ def check_dialogue(dialogue, fmt):
 class Dialogues(torch.utils.data.Dataset):
     """A split as streams. Item (index, side) is dialogue `index` from the side of speaker `side`.
 
-    Everything is laid out once at the start, both sides, so that an epoch costs nothing; dialogues that cannot be laid
-    out are dropped and counted in `dropped`.
+    Everything is laid out once at the start, so that an epoch costs nothing, and kept in few bytes: 2,000 hours take about
+    2 GB. Dialogues that cannot be laid out are dropped and counted in `dropped`. `lengths`: frames of each that is kept.
     """
 
-    def __init__(self, source, split, tokenizer, fmt, limit=0):
-        self.items, self.dropped = [], []
-        dialogues = load_dialogues(source, split)
-        for dialogue in dialogues.select(range(min(limit, len(dialogues)))) if limit else dialogues:
+    def __init__(self, dialogues, tokenizer, fmt, limit=0):
+        """dialogues: of load_dialogues; limit: only the first so many, 0 for all."""
+        self.kept, self.lengths, self.dropped = [], [], []
+        ids = torch.int16 if fmt.codebook_size + 1 < 2 ** 15 else torch.int32
+        for dialogue in dialogues.take(limit) if limit else dialogues:
             check_dialogue(dialogue, fmt)
             sides = [streams(dialogue, side, tokenizer, fmt) for side in (0, 1)]
             if None in sides:
                 self.dropped.append(dialogue["soda_index"])
-            else:
-                self.items.append(sides)
-        if not self.items:
-            raise InputError(f"{source}: none of the {len(self.dropped)} dialogues of split '{split}' can be laid out as "
-                             "streams; every segment needs words that fit its frames")
+                continue
+            audio = sides[0]["audio"].to(ids)  # of the other side: the same with the halves exchanged
+            self.kept.append((audio, [(item["prompt"].int(), item["text"].int(), item["speaker"]) for item in sides]))
+            self.lengths.append(audio.shape[1])
+        if not self.kept:
+            raise InputError(f"none of the {len(self.dropped)} dialogues can be laid out as streams; every segment needs words "
+                             "that fit its frames")
 
     def __len__(self):
-        return len(self.items)
+        return len(self.kept)
 
     def __getitem__(self, key):
+        """An item of `streams`."""
         index, side = key
-        return self.items[index][side]
+        audio, sides = self.kept[index]
+        prompt, text, speaker = sides[side]
+        return {"prompt": prompt.long(), "audio": audio.roll(side * len(audio) // 2, 0).long(), "text": text.long(),
+                "speaker": speaker}
+
+
+def stream_items(dialogues, tokenizer, fmt, seed, rank=0, world=1, place=(0, 0, 0)):
+    """An endless stream of items, laid out when asked for, of a split that is too large to be laid out at the start.
+
+    dialogues: of load_dialogues(streaming=True). Every process reads a part of its own: whole files if their number is a
+    multiple of `world`, else every world-th dialogue. An epoch is shuffled in buffers of 1,000; roles alternate as in
+    epoch_batches. Yields (item, place); place: (epoch, dialogues read in it, dialogues dropped so far) of this process.
+    Given back, it goes on behind that item; what was read before in that epoch is read again, but not laid out.
+    """
+    epoch, read, dropped = place
+    while True:
+        order = split_dataset_by_node(dialogues.shuffle(seed=seed + epoch, buffer_size=1000), rank, world)
+        useful = bool(read)
+        for dialogue in itertools.islice(order, read, None):  # IterableDataset.skip would skip before it splits
+            read += 1
+            check_dialogue(dialogue, fmt)
+            first_side = random.Random(f"{seed}/{dialogue['soda_index']}").randrange(2)
+            item = streams(dialogue, (first_side + epoch) % 2, tokenizer, fmt)
+            if item is None:
+                dropped += 1
+            else:
+                useful = True
+                yield item, (epoch, read, dropped)
+        if not useful:
+            raise InputError(f"process {rank} of {world} got {read} dialogues, and none can be laid out as streams; use fewer "
+                             "processes or other data")
+        epoch, read = epoch + 1, 0
 
 
 def epoch_batches(lengths, batch_size, epoch, seed):

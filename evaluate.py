@@ -665,12 +665,13 @@ def perplexity(name, dialogues, settings):
     device, losses = "cuda" if torch.cuda.is_available() else "cpu", []
     try:
         model, tokenizer, fmt, _ = load_checkpoint(made["model"], device)
-        reference = Dialogues(made["data"], settings.split, tokenizer, fmt, settings.n)
+        reference = Dialogues(load_dialogues(made["data"], settings.split), tokenizer, fmt, settings.n)
     except InputError as e:
         print(f"{name}: perplexity is left blank: {e}")
         return {}
-    for sides in tqdm(reference.items, desc=f"perplexity of {made['model']}", unit="dialogue"):
-        batch = {key: x.to(device) for key, x in collate(sides, tokenizer.eos_token_id, fmt).items()}
+    for i in tqdm(range(len(reference)), desc=f"perplexity of {made['model']}", unit="dialogue"):
+        batch = collate([reference[i, 0], reference[i, 1]], tokenizer.eos_token_id, fmt)
+        batch = {key: x if x is None else x.to(device) for key, x in batch.items()}
         hidden = model(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"], batch["speaker"],
                        batch["prompt_mask"])
         found = model.loss(hidden, batch)

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
@@ -235,11 +236,13 @@ def read_prompts(path, voices_file):
 
 def data_prompts(cfg, fmt):
     """Prompts of `n` dialogues of a data set's split, from `first` on, in the form of read_prompts."""
-    dialogues = load_dialogues(cfg.data, cfg.split)
-    if cfg.first < 0 or cfg.n < 1 or cfg.first + cfg.n > len(dialogues):
-        raise InputError(f"first={cfg.first}, n={cfg.n}: {cfg.data} has {len(dialogues)} dialogues in split '{cfg.split}'")
+    opened = load_dialogues(cfg.data, cfg.split, streaming=True)  # of a hub's set no more is fetched than these
+    dialogues = list(islice(opened, cfg.first, cfg.first + cfg.n)) if cfg.first >= 0 else []
+    if cfg.n < 1 or len(dialogues) < cfg.n:
+        raise InputError(f"first={cfg.first}, n={cfg.n}: {cfg.data} has {sum(1 for _ in opened)} dialogues in split "
+                         f"'{cfg.split}'")
     pairs = []
-    for dialogue in dialogues.select(range(cfg.first, cfg.first + cfg.n)):
+    for dialogue in dialogues:
         pair = []
         for side in (0, 1):
             backchannels, interruptions = event_counts(dialogue, side, fmt)

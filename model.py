@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from config import InputError
+from config import InputError, hub_problem
 from data import StreamFormat
 
 
@@ -53,8 +53,8 @@ class FActor(nn.Module):
         """Hidden states, for training (prompt and all frames at once) and for inference (a prefix, then frame by frame).
 
         audio (B, 2K, T), text (B, T): frames, or None. prompt (B, P): instruction tokens, padded on the left where
-        prompt_mask (B, P) is False; it comes with speaker (B, S) and opens a sequence. cache: a transformers Cache,
-        extended in place; prompt_mask must be given with it at every call that continues a padded prompt.
+        prompt_mask (B, P) is False (None: nowhere); it comes with speaker (B, S) and opens a sequence. cache: a
+        transformers Cache, extended in place; prompt_mask must be given with it at every call that continues such a prompt.
         Returns (B, [1+P] + T, hidden).
         """
         parts = []
@@ -68,7 +68,7 @@ class FActor(nn.Module):
         x = torch.cat(parts, dim=1)
         past = cache.get_seq_length() if cache is not None else 0
         mask = positions = None
-        if prompt_mask is not None and not prompt_mask.all():
+        if prompt_mask is not None:
             # the speaker vector stands in front of the padding; positions skip the padding, attention does not see it
             mask = torch.ones(x.shape[0], past + x.shape[1], dtype=torch.bool, device=x.device)
             lead = int(self.speaker_embed_proj is not None)
@@ -115,7 +115,8 @@ class FActor(nn.Module):
             unseen = int(self.speaker_embed_proj is None)  # without a speaker vector nothing predicts the first token
             text_hidden = hidden[:, unseen - num_frames - batch["prompt"].shape[1]:]
             target = torch.cat([batch["prompt"][:, unseen:], text], 1)
-            text_mask = torch.cat([batch["prompt_mask"][:, unseen:], text_mask], 1)
+            prompt_mask = torch.ones_like(batch["prompt"]).bool() if batch["prompt_mask"] is None else batch["prompt_mask"]
+            text_mask = torch.cat([prompt_mask[:, unseen:], text_mask], 1)
         text_ce = F.cross_entropy(self.text_logits(text_hidden).flatten(0, 1).float(), target.flatten(),
                                   reduction="none").view_as(target)
         text_loss = _masked_mean(text_ce, text_mask)
@@ -142,8 +143,8 @@ def new_model(backbone, num_codebooks, codebook_size, speaker_size, tokenizer):
 def save_checkpoint(folder, model, tokenizer, fmt, extra, dtype=None):
     """Write a checkpoint in the released layout (spec 4): config.json, model.safetensors and the tokenizer's files.
 
-    The config is the backbone's, with the authors' entries and ours: `stream_format` (data.StreamFormat) and what
-    `extra` holds. dtype: of the stored weights (default: as they are).
+    The config is the backbone's, with the entries that the authors' program reads and ours: `stream_format`
+    (data.StreamFormat) and what `extra` holds. dtype: of the stored weights (default: as they are).
     """
     folder = Path(folder)
     new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
@@ -155,7 +156,8 @@ def save_checkpoint(folder, model, tokenizer, fmt, extra, dtype=None):
                for name, tensor in model.state_dict().items() if not (tied and name == "backbone.lm_head.weight")}
     save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
     config = model.backbone.config.to_dict() | {
-        "num_dsus": model.num_codebooks, "audio_vocab_size": model.codebook_size, "text_stream": True,
+        "architectures": ["DSULlama"], "num_dsus": model.num_codebooks, "audio_vocab_size": model.codebook_size,
+        "text_stream": True, "multi_text_stream": False, "calc_loss_on_c1_only": False,
         "use_speaker_embedding": model.speaker_size > 0, "stream_format": vars(fmt), **extra}
     (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(new)
@@ -176,26 +178,27 @@ def load_checkpoint(source, device="cpu", dtype=torch.float32):
         from huggingface_hub import snapshot_download
         try:
             folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-        except Exception as e:  # the hub's many errors: no network, no such repository, gated ...
-            raise InputError(f"{source}: no such checkpoint folder, and the hub did not give it "
-                             f"({type(e).__name__}); check the path, the network, and HF_TOKEN") from e
+        except Exception as e:  # no network, no such repository, gated, not a name ...
+            raise InputError(f"checkpoint {source}: no such folder, and from the hub: {hub_problem(e)}") from e
     try:
         settings = json.loads((folder / "config.json").read_text())
         backbone_config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        shards = sorted(folder.glob("model*.safetensors"))
+        index = folder / "model.safetensors.index.json"  # of a checkpoint in several files
+        shards = ([folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                  if index.exists() else [folder / "model.safetensors"])
         tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     except Exception as e:  # tokenizers, for one, raises a plain Exception on a file that is cut off
         raise InputError(f"{source}: not a readable checkpoint ({' '.join(str(e).split())[:200]}); it needs config.json, "
                          "model.safetensors and the tokenizer's files") from e
     tables = [name for name in tensors if name.startswith("audio_embeds.")]
     if not tables:
-        raise InputError(f"{source}: no audio_embeds.* tensors in {folder.name}/model*.safetensors; this is not an "
-                         "F-Actor checkpoint")
+        raise InputError(f"{source}: no audio_embeds.* tensors in it; this is not an F-Actor checkpoint")
     num_codebooks, codebook_size = len(tables) // 2, tensors[tables[0]].shape[0] - 2
     for key, found in (("num_dsus", num_codebooks), ("audio_vocab_size", codebook_size)):
         if settings.get(key, found) != found:
-            raise InputError(f"{source}: config.json says {key}={settings[key]}, but the tensors are made for {found}")
+            raise InputError(f"{source}: config.json says {key}={settings[key]}, but the tensors are made for {found}; "
+                             "use the config.json that the weights were saved with")
     speaker = tensors.get("speaker_embed_proj.weight")
     model = FActor(AutoModelForCausalLM.from_config(backbone_config, dtype=torch.float32), num_codebooks, codebook_size,
                    0 if speaker is None else speaker.shape[1])
@@ -205,8 +208,11 @@ def load_checkpoint(source, device="cpu", dtype=torch.float32):
     if backbone_config.tie_word_embeddings:
         expected.pop("backbone.lm_head.weight", None)
         tensors.pop("backbone.lm_head.weight", None)
-    wrong = [f"{name} {tuple(tensors[name].shape) if name in tensors else 'missing'} instead of {tuple(shape)}"
-             for name, shape in expected.items() if name not in tensors or tensors[name].shape != shape]
+    if missing := [name for name in expected if name not in tensors]:
+        raise InputError(f"{source}: {len(missing)} of {len(expected)} tensors are missing, first {missing[0]}; copy or "
+                         "download it again, or use the config.json that the weights were saved with")
+    wrong = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+             for name, shape in expected.items() if tensors[name].shape != shape]
     wrong += [f"{name} unexpected" for name in tensors if name not in expected]
     if wrong:
         raise InputError(f"{source}: {len(wrong)} tensors do not fit config.json, first {wrong[0]}; "

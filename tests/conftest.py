@@ -38,9 +38,9 @@ def fails(run):
     return call
 
 
-def write_split(folder, dialogues, split):
+def write_split(folder, dialogues, split, file=0, files=1):
     folder.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_list(dialogues).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    datasets.Dataset.from_list(dialogues).to_parquet(folder / f"{split}-{file:05d}-of-{files:05d}.parquet")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import torch
 from conftest import GOLDEN, write_split
 
 from config import InputError
-from data import Dialogues, StreamFormat, check_dialogue, collate, epoch_batches, load_dialogues, streams
+from data import Dialogues, StreamFormat, check_dialogue, collate, epoch_batches, load_dialogues, stream_items, streams
 from model import load_checkpoint
 
 FORMAT = StreamFormat(codebook_size=64)
@@ -75,8 +75,52 @@ def test_no_text_stream(dialogues, tokenizer):
 
 
 def test_dropped_dialogues_are_counted(tiny_data, dialogues, tokenizer):
-    data = Dialogues(str(tiny_data), "train", tokenizer, FORMAT)
+    data = Dialogues(load_dialogues(tiny_data, "train"), tokenizer, FORMAT)
     assert len(data) + len(data.dropped) == len(dialogues) and data.dropped
+
+
+def test_kept_items_are_the_streams(tiny_data, dialogues, tokenizer):
+    """What is kept in few bytes comes back as it was laid out, from both sides."""
+    data = Dialogues(load_dialogues(tiny_data, "train"), tokenizer, FORMAT)
+    laid_out = [sides for d in dialogues if None not in (sides := [streams(d, side, tokenizer, FORMAT) for side in (0, 1)])]
+    assert len(data) == len(laid_out) and data.lengths == [sides[0]["audio"].shape[1] for sides in laid_out]
+    for i, sides in enumerate(laid_out):
+        for side in (0, 1):
+            assert all(torch.equal(data[i, side][key], value) and data[i, side][key].dtype == value.dtype
+                       for key, value in sides[side].items())
+
+
+@pytest.mark.parametrize("files, world", [(1, 1), (1, 2), (4, 2), (3, 2)])
+def test_streaming(files, world, tmp_path, dialogues, tokenizer):
+    """In an epoch every dialogue comes once over all processes, roles alternate, and any place is found again."""
+    per_file = -(-len(dialogues) // files)
+    for i in range(files):
+        write_split(tmp_path, dialogues[i * per_file:(i + 1) * per_file], "train", i, files)
+    opened = load_dialogues(tmp_path, "train", streaming=True)
+    kept = {tuple(item["audio"].flatten().tolist()): (d["soda_index"], side) for d in dialogues for side in (0, 1)
+            if (item := streams(d, side, tokenizer, FORMAT))}
+    epochs = [{}, {}]
+    for rank in range(world):
+        taken = []
+        for item, place in stream_items(opened, tokenizer, FORMAT, 3, rank, world):
+            if place[0] == 2:
+                break
+            taken.append((item, place))
+            index, side = kept[tuple(item["audio"].flatten().tolist())]
+            assert index not in epochs[place[0]]
+            epochs[place[0]][index] = side
+        middle = len(taken) // 2
+        again, _ = next(stream_items(opened, tokenizer, FORMAT, 3, rank, world, taken[middle][1]))
+        if middle + 1 < len(taken):
+            assert torch.equal(again["audio"], taken[middle + 1][0]["audio"])
+    both = {index for index, side in kept.values() if (index, 1 - side) in kept.values()}
+    assert both and all(epochs[0][index] == 1 - epochs[1][index] for index in both)
+
+
+def test_stream_without_dialogues(tiny_data, tokenizer, dialogues, tmp_path):
+    write_split(tmp_path, dialogues[:1], "train")
+    with pytest.raises(InputError, match="process 1 of 2 got 0 dialogues"):
+        next(stream_items(load_dialogues(tmp_path, "train", True), tokenizer, FORMAT, 0, 1, 2))
 
 
 def test_draws_streams(run, tiny_data, tmp_path):

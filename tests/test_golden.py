@@ -1,19 +1,27 @@
 """The project against numbers of the authors' own program and of NeMo (golden/README.md), taken from FACTOR_GOLDEN."""
+import csv
 import json
+import math
 import os
+import random
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
+from conftest import write_split
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from codec import load_codec
+import generate
+import prepare
+import train
+from codec import MiniCodec, load_codec, save_minicodec
 from config import InputError
 from data import StreamFormat, collate, instruction, streams, text_stream
 from evaluate import count_events, label_segments, merge_words, turn_taking
-from generate import Sampler, talk
-from model import load_checkpoint
+from generate import Sampler, stream_words, talk
+from model import load_checkpoint, save_checkpoint
 
 GOLDEN = Path(os.environ.get("FACTOR_GOLDEN", Path(__file__).parent / "golden"))
 
@@ -119,3 +127,67 @@ def test_turn_taking():
             assert counts == [case["counts"][f"{name}_backchannels"], case["counts"][f"{name}_interruptions"]]
         for key, value in turn_taking(list(case["speech"].values()), case["duration"]).items():
             assert value == pytest.approx(case[f"{key}_per_min"], abs=1e-4)
+
+
+def test_command_generate(checkpoint, by_index, tmp_path):
+    """`generate.py temperature=0` on the golden checkpoint: the golden dialogues' codes and words."""
+    model, tokenizer, fmt, _ = checkpoint
+    cases = json.loads((GOLDEN / "greedy.json").read_text())
+    write_split(tmp_path, [by_index[case["soda_index"]] for case in cases], "test")
+    save_minicodec(MiniCodec([model.codebook_size], model.num_codebooks, 8, (4, 4), (1, 1), 8, (1, 1)),
+                   tmp_path / "codec.safetensors")  # any of this shape: the codes are compared
+    generate.main([f"model={GOLDEN}/checkpoint", f"codec={tmp_path}/codec.safetensors", f"data={tmp_path}", "temperature=0",
+                   f"n={len(cases)}", f"out={tmp_path}/out", f"max_frames={len(cases[0]['text'][0])}"])
+    for i, case in enumerate(cases):
+        made = json.loads((tmp_path / "out" / f"dialogue_{i:04d}.json").read_text())
+        assert [row for codes in made["codes"] for row in codes] == [row[fmt.delay:] for row in case["audio"]]
+        for side, speaker in enumerate(made["speakers"]):
+            assert speaker["prompt"] == case[f"prompt_{side + 1}"]
+            text = case["text"][side]
+            assert speaker["words"] == stream_words(text[:len(text) - fmt.delay], tokenizer)
+
+
+def test_command_train(checkpoint, by_index, tmp_path):
+    """`train.py init=` the golden checkpoint with the authors' two settings: the first logged loss is theirs."""
+    model, tokenizer, _, _ = checkpoint
+    for i, case in enumerate(json.loads((GOLDEN / "forward.json").read_text())):
+        fmt, folder = golden_format(case["variant"], 2048, model.codebook_size), tmp_path / str(i)
+        dialogue, side = by_index[case["soda_index"]], case["system_speaker"]
+        save_checkpoint(folder / "model", model, tokenizer, fmt, {})
+        write_split(folder, [dialogue], "train")
+        write_split(folder, list(by_index.values()), "validation")
+        # a stored dialogue is kept if both sides can be laid out, a streamed one is laid out from the side that is drawn
+        if streaming := streams(dialogue, 1 - side, tokenizer, fmt) is None:
+            seed = next(s for s in range(99) if random.Random(f"{s}/{dialogue['soda_index']}").randrange(2) == side)
+        else:
+            seed = next(s for s in range(99) if train.epoch_batches([1], 1, 0, s) == [[(0, side)]])
+        train.main([f"init={folder}/model", f"data={folder}", f"out={folder}/run", f"streaming={streaming}", "steps=1",
+                    "accumulation=1", "prompt_text=true", "first_frame=false", f"seed={seed}", f"delay={fmt.delay}",
+                    f"alignment={fmt.alignment}", f"behaviour_tokens={fmt.behaviour_tokens}",
+                    f"codebook_size={model.codebook_size}"])
+        with open(folder / "run" / "log.csv") as file:
+            (row,) = csv.DictReader(file)
+        for found, key in ((float(row["loss"]), "train_total_loss"), (math.log(float(row["ppl_text"])), "text_loss"),
+                           (math.log(float(row["ppl_audio_system"])), "audio_loss_system")):
+            assert abs(found - case[key]) < 1e-4, key
+
+
+def test_command_prepare(tmp_path, monkeypatch):
+    """`prepare.py codec=` the golden codec: a recording of the golden audio becomes the golden codes."""
+    expected, codec = load_file(GOLDEN / "codec.safetensors"), load_codec(GOLDEN / "codec.nemo")
+    monkeypatch.setattr(prepare, "speaker_encoder", lambda name: (lambda audio: audio[:8], 8))  # a stand-in, it needs packages
+    seconds = len(expected["audio_in"]) / codec.sample_rate
+    said = [{"uttr_idx": i, "uttr_type": None, "speaker_idx": i, "speaker": name, "tts_text": "yes", "backchannels": [],
+             "start_time": begin, "end_time": end, "words": [{"word": "yes", "start": begin, "dur": end - begin}]}
+            for i, (name, begin, end) in enumerate((("Ann", 0.1, seconds / 2), ("Bob", seconds / 2 + 0.1, seconds)))]
+    (tmp_path / "raw" / "train").mkdir(parents=True)
+    (tmp_path / "raw" / "train" / "a.json").write_text(json.dumps({
+        "soda_index": 1, "file_name": "a", "narrative": "They agree.", "new_narrative_s1": "You agree.",
+        "new_narrative_s2": "You agree.", "speakers": ["Ann", "Bob"], "behaviors": [{}, {}], "num_turns": 2,
+        "utterances": said, "tts_speaker_ids": ["a", "b"], "tts_genders": ["f", "m"], "statistics": {}}))
+    soundfile.write(tmp_path / "raw" / "train" / "a.wav", torch.stack([expected["audio_in"]] * 2, 1).numpy(),
+                    codec.sample_rate, subtype="FLOAT")
+    prepare.main([f"raw={tmp_path}/raw", f"out={tmp_path}/out", f"codec={GOLDEN}/codec.nemo", "workers=1"])
+    (row,) = train.load_dialogues(tmp_path / "out", "train")
+    for key in ("dsu_c1_path", "dsu_c2_path"):
+        assert row[key] == expected["codes"].tolist()
