@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, load_codec, read_audio
@@ -42,9 +43,10 @@ from config import InputError, load_settings, write_atomically
 from data import FRAME_RATE, Dialogues, collate, load_dialogues, made_with
 from data import segments as segments_of
 from listen import RATE, pocketsphinx_decoder, quality, recognise, speaker_encoder, to_16k, voiced
+from prepare import start_worker
+from turns import INTERRUPTION, OVERLAP, SPLIT, count_events, label_segments, merge_words, turn_taking
 
 CACHE = 2  # raise when `hear` changes, so that old results are not taken for new ones
-SPLIT, INTERRUPTION, OVERLAP = 0.565, 0.405, 0.435  # seconds, the paper's thresholds (appendix C.2)
 KINDS = ("backchannels", "interruptions")
 
 
@@ -57,7 +59,7 @@ class Settings:
     raw: str = ""  # raw folder whose utterances go through `codec`, instead of tables
     split: str = "test"  # which part of a corpus or data set
     n: int = 0  # dialogues per folder, 0 = all (utterances with raw=, 0 = 100)
-    asr: str = "pocketsphinx"  # or parakeet (needs NeMo)
+    asr: str = "pocketsphinx"  # or parakeet (needs NeMo), or the path of its .nemo file
     quality: str = "dnsmos"  # or utmos (torch.hub, needs a network)
     judge: str = ""  # chat model of transformers that rates narratives 1-5, e.g. meta-llama/Llama-3.1-8B-Instruct
     default: bool = False  # make dialogues of the shipped model's test prompts (n, 0 = 50), score them and their reference
@@ -69,78 +71,13 @@ class Settings:
     seed: int = 0  # of the snippets and the bottom lines
 
 
-# ---- turns: arithmetic on word times and voiced stretches -----------------------------------------------------------
-
-def merge_words(words, split=SPLIT, overlap=OVERLAP):
-    """Words of two speakers -> segments of both, by start time (spec 7).
-
-    words: two lists of {word, start, end} (seconds). Words of a speaker less than `split` apart merge, unless they overlap
-    by more than `overlap`. Returns [{start, end, speaker (0/1), text}].
-    """
-    segments = []
-    for speaker, own in enumerate(words):
-        last = None
-        for word in sorted(own, key=lambda word: word["start"]):
-            if last and -overlap <= word["start"] - last["end"] < split:
-                last.update(end=max(last["end"], word["end"]), text=f"{last['text']} {word['word']}")
-            else:
-                last = {"start": word["start"], "end": word["end"], "speaker": speaker, "text": word["word"]}
-                segments.append(last)
-    return sorted(segments, key=lambda segment: segment["start"])
-
-
-def label_segments(segments, interruption=INTERRUPTION):
-    """Adds `label` to segments in order of start: backchannel, interruption or turn (spec 7, paper C.2)."""
-    latest = [None, None]
-    for segment in segments:
-        other = latest[1 - segment["speaker"]]
-        segment["label"] = "turn"
-        if other and segment["end"] < other["end"]:
-            segment["label"] = "backchannel"
-        elif other and other["end"] - segment["start"] > interruption:
-            segment["label"] = "interruption"
-        latest[segment["speaker"]] = segment
-    return segments
-
-
-def count_events(segments):
-    """Labelled segments -> [[backchannels, interruptions] of speaker 0, [...] of speaker 1]."""
-    return [[sum(s["speaker"] == k and s["label"] == kind for s in segments) for kind in ("backchannel", "interruption")]
-            for k in (0, 1)]
-
-
-def turn_taking(speech, duration):
-    """Seconds per minute of IPU, pause, gap and overlap (Nguyen et al. 2023; paper 7.3).
-
-    speech: two lists of voiced [start, end] in seconds; those less than 0.2 s apart are one IPU. Going through the IPUs of
-    both by start, the silence from one to the next is a pause (same speaker) or a gap (the other). duration: seconds.
-    """
-    ipus = []
-    for speaker, own in enumerate(speech):
-        last = None
-        for start, end in sorted(own):
-            if last and start - last[1] < 0.2:
-                last[1] = max(last[1], end)
-            else:
-                last = [start, end, speaker]
-                ipus.append(last)
-    ipus.sort()
-    seconds = {"ipu": sum(end - start for start, end, _ in ipus), "pause": 0.0, "gap": 0.0, "overlap": 0.0}
-    for (_, end, speaker), (start, _, following) in itertools.pairwise(ipus):
-        seconds["pause" if speaker == following else "gap"] += max(0.0, start - end)
-    for (a, b, speaker), (c, d, other) in itertools.combinations(ipus, 2):
-        if speaker != other:
-            seconds["overlap"] += max(0.0, min(b, d) - max(a, c))
-    return {key: 60 * value / duration for key, value in seconds.items()}
-
+# ---- reading dialogues ----------------------------------------------------------------------------------------------
 
 def normalise(text):
     """Text for WER: no pads or behaviour tokens, lower case, only letters, digits and single spaces (paper C.1)."""
     text = re.sub(r"\[[A-Z_]+\d*\]|<\|.*?\|>", " ", text).lower()
     return " ".join(re.sub(r"[^\w\s]", "", re.sub(r"[-–—…/]", " ", text)).split())
 
-
-# ---- reading dialogues ----------------------------------------------------------------------------------------------
 
 def from_raw(info, voices):
     """Speakers of a raw Behavior-SD dialogue or data-set row (spec 9) in the form of generate.py's JSON.
@@ -330,7 +267,6 @@ def over_cores(function, work, jobs, label):
     jobs = min(jobs or os.cpu_count(), len(work))
     if jobs <= 1:
         return [function(x) for x in tqdm(work, desc=label, unit="dialogue")]
-    from prepare import start_worker  # here because generate.py imports this file
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
             return list(tqdm(pool.map(function, work), total=len(work), desc=label, unit="dialogue"))
@@ -537,7 +473,6 @@ def pearson(pairs):
     asked, counted = pairs.reshape(-1, 2).T
     if len(asked) < 3 or np.ptp(asked) == 0 or np.ptp(counted) == 0:
         return float("nan"), float("nan")
-    from scipy.stats import pearsonr  # here because generate.py imports this file, and this takes a second
     r, p = pearsonr(asked, counted)
     return float(r), float(p)
 
@@ -771,7 +706,7 @@ def print_thresholds(sets, settings):
 def make_default(settings):
     """--default: dialogues of the shipped model's test prompts. Sets codec, reference and n where they are not given, and
     returns the folder of the dialogues."""
-    import generate
+    import generate  # here because it takes seconds to import, also in every worker
     settings.n = settings.n or min(50, len(load_dialogues("default/data", settings.split)))
     settings.codec = settings.codec or "default/codec.safetensors"
     if not settings.reference:
@@ -787,8 +722,8 @@ def main(argv):
     began, folders = time.time(), []
     settings = load_settings(Settings, argv, folders)
     for key, known in (("asr", ("pocketsphinx", "parakeet")), ("quality", ("dnsmos", "utmos"))):
-        if getattr(settings, key) not in known:
-            raise InputError(f"{key}={getattr(settings, key)}: must be {' or '.join(known)}")
+        if (value := getattr(settings, key)) not in known and not (key == "asr" and value.endswith(".nemo")):
+            raise InputError(f"{key}={value}: must be {' or '.join(known)}" + ", or a .nemo file of its" * (key == "asr"))
     if settings.raw:
         return codec_worth(settings)
     if settings.judge:

@@ -34,8 +34,8 @@ from data import (
     made_with,
     make_prompt,
 )
-from evaluate import label_segments, merge_words
 from model import load_checkpoint
+from turns import label_segments, merge_words
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first

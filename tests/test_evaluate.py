@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import evaluate
 from config import InputError, load_settings
-from evaluate import Settings, find_dialogues, fit_thresholds, from_raw, load_channels, normalise, pearson, turn_taking
+from evaluate import Settings, find_dialogues, fit_thresholds, from_raw, load_channels, normalise, pearson
+from turns import count_events, label_segments, merge_words, turn_taking
 
 SPEECH = Path(__file__).parent / "speech"  # 13 s of the corpus: three utterances, three backchannels
 
@@ -23,7 +24,7 @@ def words(*times):
 
 
 def counts(first, second):
-    return evaluate.count_events(evaluate.label_segments(evaluate.merge_words([first, second])))
+    return count_events(label_segments(merge_words([first, second])))
 
 
 def test_backchannel_lies_inside_and_interruption_outlasts():

@@ -19,9 +19,9 @@ import train
 from codec import MiniCodec, load_codec, save_minicodec
 from config import InputError
 from data import StreamFormat, collate, instruction, streams, text_stream
-from evaluate import count_events, label_segments, merge_words, turn_taking
 from generate import Sampler, stream_words, talk
 from model import load_checkpoint, save_checkpoint
+from turns import count_events, label_segments, merge_words, turn_taking
 
 GOLDEN = Path(os.environ.get("FACTOR_GOLDEN", Path(__file__).parent / "golden"))
 
