@@ -244,7 +244,7 @@ class Dialogues(torch.utils.data.Dataset):
     """A split as streams. Item (index, side) is dialogue `index` from the side of speaker `side`.
 
     Everything is laid out once at the start, so that an epoch costs nothing, and kept in few bytes: 2,000 hours take about
-    2 GB. Dialogues that cannot be laid out are dropped and counted in `dropped`. `lengths`: frames of each that is kept.
+    3 GB. Dialogues that cannot be laid out are dropped and counted in `dropped`. `lengths`: frames of each that is kept.
     """
 
     def __init__(self, dialogues, tokenizer, fmt, limit=0):

@@ -5,14 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
-import pytest
+# before datasets and the hub's library are imported, which read it once: without, every test of a hub id tries the network
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+import datasets  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"  # test_golden.py alone reads FACTOR_GOLDEN
 TINY = {"codebook_size": 64, "hidden": 32, "layers": 1, "heads": 2, "kv_heads": 2, "intermediate": 64, "vocab_size": 600,
         "alignment": "word", "steps": 6, "eval_every": 2, "warmup": 2, "lr": 1e-3, "accumulation": 2, "batch_size": 2}
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 @pytest.fixture
