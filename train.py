@@ -325,7 +325,8 @@ def main(argv):
         if rank:
             return
         settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "resume")}
-        extra = {"trained_steps": step, "train_config": settings} | made_with(cfg.data)
+        extra = {"calc_loss_on_c1_only": cfg.user_weight == 0, "trained_steps": step, "train_config": settings}
+        extra |= made_with(cfg.data)
         for name in ["last"] + ["best"] * is_best:
             save_checkpoint(out / name, model, tokenizer, fmt, extra, getattr(torch, cfg.save_dtype))
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
