@@ -11,6 +11,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLI
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # else 5 s at the end of every shuffled epoch of a stream
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"  # test_golden.py alone reads FACTOR_GOLDEN
 TINY = {"codebook_size": 64, "hidden": 32, "layers": 1, "heads": 2, "kv_heads": 2, "intermediate": 64, "vocab_size": 600,

@@ -265,7 +265,7 @@ def test_data_set_through_a_codec(tmp_path, tiny_data, stub, capsys):
     assert 66 < found["ppl_audio"]["value"] < np.inf and 600 < found["ppl_text"]["value"] < np.inf  # random weights
     (made / "d00.json").write_text(json.dumps(first | {"settings": settings | {"model": "gone"}}))
     evaluate.main([str(made), f"out={tmp_path / 'out'}", "jobs=1", "n=2"])
-    assert "perplexity is left blank: gone" in capsys.readouterr().out
+    assert "perplexity is left blank: checkpoint gone" in capsys.readouterr().out
 
 
 def test_default(tmp_path, stub, capsys, monkeypatch):
@@ -326,7 +326,7 @@ def test_models_that_are_not_here(tmp_path, monkeypatch):
     for package in ("pocketsphinx", "silero_vad"):
         pytest.importorskip(package)
     if not importlib.util.find_spec("nemo"):
-        with pytest.raises(InputError, match="asr=parakeet needs nemo"):
+        with pytest.raises(InputError, match="parakeet-tdt-0.6b-v2 needs nemo"):
             evaluate.main([str(SPEECH), f"out={tmp_path}", "--asr", "parakeet", "jobs=1"])
 
     def offline(*_, **__):

@@ -175,7 +175,7 @@ def test_command_train(checkpoint, by_index, tmp_path):
 def test_command_prepare(tmp_path, monkeypatch):
     """`prepare.py codec=` the golden codec: a recording of the golden audio becomes the golden codes."""
     expected, codec = load_file(GOLDEN / "codec.safetensors"), load_codec(GOLDEN / "codec.nemo")
-    monkeypatch.setattr(prepare, "speaker_encoder", lambda name: (lambda audio: audio[:8], 8))  # a stand-in, it needs packages
+    monkeypatch.setattr(prepare, "speaker_encoder", lambda name, device: (lambda audio: audio[:8], 8))  # a stand-in
     seconds = len(expected["audio_in"]) / codec.sample_rate
     said = [{"uttr_idx": i, "uttr_type": None, "speaker_idx": i, "speaker": name, "tts_text": "yes", "backchannels": [],
              "start_time": begin, "end_time": end, "words": [{"word": "yes", "start": begin, "dur": end - begin}]}

@@ -106,7 +106,7 @@ def test_trains_without_phones(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["data=/nowhere"], "holds no .flac"),
+    (["data=/nowhere"], "holds no recording"),
     (["bach=4"], "did you mean 'batch'"),
     (["batch=0"], "batch, minutes and warmup must be above 0"),
     (["resume=true"], "no checkpoint"),
