@@ -128,9 +128,11 @@ def talk(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user_cod
         else:
             logits = model.audio_logits(last)[:, :codebooks]  # (B, K, C+2): the system heads
             logits[..., delay_id] = float("-inf")  # no audio, only what stands in front of it
+            if user_codes is not None:
+                logits[..., end_id] = float("-inf")  # it is the recording that ends
             said = sampler(logits)  # (B, K)
         user = said[partner] if user_codes is None else heard[:, t].expand(rows, -1)
-        ended = ((said == end_id) | (user == end_id)).any(1).tolist()  # a recording holds no end id
+        ended = ((said == end_id) | (user == end_id)).any(1).tolist()
         lengths = [t if done and length is None else length for done, length in zip(ended, lengths)]
         if None not in lengths:
             break
