@@ -9,6 +9,7 @@ import unicodedata
 
 import numpy as np
 
+import data
 from config import InputError
 from listen import RATE, package, voiced
 
@@ -69,7 +70,7 @@ def force_align(audio, words):
 
 def segments(row, channel):
     """What speaker `channel` utters, in order: own utterances, and own backchannels inside the other's utterances."""
-    return [part for u in row["utterances"] for part in ([u] if u["speaker_idx"] == channel else u["backchannels"])]
+    return [part for part, _, _ in data.segments(row, channel)]
 
 
 def end_of(word):

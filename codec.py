@@ -470,7 +470,7 @@ def load_codec(path):
     """
     if Path(path).is_dir() or (str(path).startswith("kyutai/") and not Path(path).exists()):
         return _load_mimi(str(path))
-    path = Path(_fetch(str(path)) if str(path).startswith("nvidia/") and not Path(path).exists() else path)
+    path = _fetch(path)
     if not path.is_file():
         raise InputError(f"{path}: no such codec file; give a .nemo archive, a .safetensors file, a folder of Mimi's, "
                          "nvidia/NAME or kyutai/mimi")
@@ -484,7 +484,7 @@ def fingerprint(path):
 
     It travels with a data set and the models trained on it, whose codes mean nothing to another codec.
     """
-    path = Path(_fetch(str(path)) if str(path).startswith("nvidia/") and not Path(path).exists() else path)
+    path = _fetch(path)
     files = [file for file in (path, *sorted(path.glob("*.safetensors"))) if file.is_file()]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files) or str(path).encode()).hexdigest()[:16]
 
@@ -527,13 +527,16 @@ def _load_mimi(source):
     return Mimi(model).eval().requires_grad_(False)
 
 
-def _fetch(hub_name):
-    """Downloads (or finds in the cache) the archive that a hub model `owner/NAME` keeps as NAME.nemo."""
+def _fetch(path):
+    """The path of a codec; of a hub model `nvidia/NAME` that of its NAME.nemo, downloaded or found in the cache."""
+    name = str(path)
+    if Path(path).exists() or not name.startswith("nvidia/"):
+        return Path(path)
     try:
         from huggingface_hub import hf_hub_download
-        return hf_hub_download(hub_name, hub_name.split("/")[-1] + ".nemo")
+        return Path(hf_hub_download(name, name.split("/")[-1] + ".nemo"))
     except Exception as e:  # no network, no such model, refused, disk full: all end the same way for the user
-        raise InputError(f"codec {hub_name}: {hub_problem(e)}") from e
+        raise InputError(f"codec {name}: {hub_problem(e)}") from e
 
 
 def _load_nemo(path):

@@ -38,7 +38,7 @@ import torch
 from scipy.stats import pearsonr
 from tqdm import tqdm
 
-from codec import AUDIO_SUFFIXES, load_codec, read_audio
+from codec import AUDIO_SUFFIXES, fingerprint, load_codec, read_audio
 from config import InputError, load_settings, write_atomically
 from data import FRAME_RATE, Dialogues, collate, load_dialogues, made_with
 from data import segments as segments_of
@@ -192,7 +192,7 @@ def settle_encoders(name, dialogues):
 
 # ---- listening -------------------------------------------------------------------------------------------------------
 
-_codec = functools.cache(load_codec)
+_codec, _fingerprint = functools.cache(load_codec), functools.cache(fingerprint)
 
 
 @torch.no_grad()
@@ -240,16 +240,12 @@ def hear(audio, dialogue, settings):
     return heard
 
 
-@functools.cache
-def fingerprint(path):
-    return hashlib.sha256(Path(path).read_bytes() if Path(path).is_file() else path.encode()).hexdigest()  # or a hub name
-
-
 def _work(job):
     """One dialogue in a worker process: what was heard, from the cache if it is there, or {'error': message}."""
     dialogue, settings = job
     key = json.dumps([CACHE, settings.asr, settings.quality, settings.seed, dialogue["encoder"], dialogue["codes"],
-                      dialogue["until"], dialogue["lasts"], fingerprint(dialogue["audio"]), fingerprint(dialogue["codec"])])
+                      dialogue["until"], dialogue["lasts"],
+                      *(path and _fingerprint(path) for path in (dialogue["audio"], dialogue["codec"]))])
     cached = Path(settings.out) / "cache" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if cached.exists():
         return json.loads(cached.read_text())

@@ -290,15 +290,15 @@ def draw_timeline(path, audio, sample_rate, speakers):
     plt.close(fig)
 
 
-def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, settings):
+def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, encoder, settings):
     """Write stem.wav, stem.png and, last, stem.json. audio (2, samples); speakers: two dicts as of read_prompts, extended
-    here by `words` and `text`; texts: two text streams (an empty one for a recording); codes: (K, T) of each."""
+    here by `words` and `text`; texts: two text streams (an empty one for a recording); codes: (K, T) of each; encoder: name of
+    the speaker encoder that made the embeddings, or ''."""
     for speaker, text in zip(speakers, texts):
         speaker["words"] = stream_words(text, tokenizer)
         speaker["text"] = " ".join(word["word"] for word in speaker["words"])
     write_audio(stem.with_suffix(".wav"), audio, sample_rate)
     draw_timeline(stem.with_suffix(".png"), audio, sample_rate, speakers)
-    encoder = made_with(Path(settings["voices"]).parent if settings["prompts"] else settings["data"]).get("speaker_encoder", "")
     record = {"speakers": speakers, "speaker_encoder": encoder, "settings": settings, "codes": [row.tolist() for row in codes]}
     write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(record)))
 
@@ -380,7 +380,7 @@ def main(argv):
                 pair = [pair[0], {"name": "user", "recording": cfg.user}]
                 audio = torch.cat([audio, user_audio[:, :audio.shape[1]]])
                 codes, texts = codes + [user_codes[:, :codes[0].shape[1]]], texts + [[]]
-            save_dialogue(stem, audio, codec.sample_rate, pair, texts, codes, tokenizer, asdict(cfg))
+            save_dialogue(stem, audio, codec.sample_rate, pair, texts, codes, tokenizer, given[0] or "", asdict(cfg))
             print(f"{stem}.wav, .json, .png: {audio.shape[1] / codec.sample_rate:.1f} s")
 
 
