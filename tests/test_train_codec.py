@@ -9,9 +9,9 @@ import soundfile
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_codec
 from codec import load_codec
 from config import InputError
+from world import train_codec
 
 TINY = ["batch=2", "crop_frames=4", "step_width=24", "frame_width=32", "steps=4", "adversarial_from=0.5", "warmup=2",
         "save_minutes=0"]

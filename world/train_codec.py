@@ -1,6 +1,6 @@
 """Train MiniCodec (codec.py), the small speech codec of the shipped default, on recordings in raw Behavior-SD form:
 
-    python train_codec.py data=corpus out=out/codec minutes=40        and, after an interruption, the same + resume=true
+    python -m world.train_codec data=corpus out=out/codec minutes=40        and, after an interruption, the same + resume=true
 
 Writes to `out`: codec.safetensors (for load_codec), checkpoint.pt and log.csv. The recipe is that of Vocos (2306.00814)
 and DAC (2306.06546), cut down to what two CPU cores do in half an hour:

@@ -1,10 +1,10 @@
 """Make a small Behavior-SD: two people talking, synthesised with Piper, every word and phone time known exactly.
 
-    python corpus.py out=corpus hours=8 seed=0 workers=0
+    python -m world.corpus out=corpus hours=8 seed=0 workers=0
 
 writes out/{train,validation,test}/NUMBER.flac (16 bit, 22,050 Hz, channel = speaker) with NUMBER.json beside it (the
 columns of spec 9 before preparation, plus `situation`, `starter`, `biased_narrative`, `phones`). What people say is in
-configs/situations.yaml. Dialogue i depends on (seed, i) alone, audio included: Piper's two noise sources are turned into
+world/situations.yaml. Dialogue i depends on (seed, i) alone, audio included: Piper's two noise sources are turned into
 inputs of its network, so numpy's generator decides. A run that was cut off goes on where it stopped; more hours later
 extend the folder. Needs requirements-corpus.txt.
 """
@@ -52,13 +52,13 @@ class Settings:
     hours: float = 8.0  # hours of dialogue, about
     seed: int = 0  # same seed, same corpus
     workers: int = 0  # processes; 0: one per core
-    situations: str = str(Path(__file__).parent / "configs" / "situations.yaml")  # what is talked about
+    situations: str = str(Path(__file__).with_name("situations.yaml"))  # what is talked about
 
 
 # ---- what is said -------------------------------------------------------------------------------------------------
 
 def read_situations(path):
-    """configs/situations.yaml as (names, shared slots, {situation: {...}}); InputError on a missing or odd file."""
+    """world/situations.yaml as (names, shared slots, {situation: {...}}); InputError on a missing or odd file."""
     try:
         raw = yaml.safe_load(Path(path).read_text())
         names, shared = raw["names"].split(), {k: v.split(", ") for k, v in raw["slots"].items()}
@@ -74,7 +74,7 @@ def read_situations(path):
         raise InputError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path}: a situation needs narrative, ask, tell and turns as text (see the top of "
-                         f"configs/situations.yaml); trouble with {e}") from e
+                         f"world/situations.yaml); trouble with {e}") from e
     return names, situations
 
 
