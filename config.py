@@ -1,7 +1,8 @@
-"""Settings, mistakes and worker processes, the same way for every script.
+"""Settings, mistakes, files, threads and worker processes, the same way for every script.
 
-A script declares its settings as a dataclass; `load_settings` fills it from an optional YAML file and `key=value`
-(or `--key value`) words, later ones winning: `python train.py configs/nano.yaml steps=100 --out runs/a`.
+A script declares its settings as a dataclass; `load_settings` fills it from an optional YAML file and
+`key=value` (or `--key value`) words, later ones winning:
+`python train.py configs/nano.yaml steps=100 --out runs/a`.
 """
 import concurrent.futures
 import dataclasses
@@ -17,76 +18,110 @@ import yaml
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave. Its text is one line: what is wrong, where, and what to do."""
+    """A mistake in what the user gave. Its text is one line: what is wrong, where, what to do."""
+
+
+def read_text(path):
+    """A text file's content: UTF-8, with or without a byte order mark.
+    Raises InputError if it cannot be read as that."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
 
 
 def write_atomically(path, write):
-    """`write(temporary path)`, then rename: the file appears under `path` whole or not at all, even if killed."""
+    """`write(temporary path)`, then rename: the file appears under `path` whole or not at all,
+    even if killed."""
     write(temporary := Path(f"{path}.{os.getpid()}.tmp"))  # two processes may write the same
     os.replace(temporary, path)
 
 
+def use_threads(threads=1):
+    """Torch's threads in this process, unless the user has set OMP_NUM_THREADS.
+
+    One is the default: threads wait for each other at every operation, thousands of times a second
+    in models this small, so that one other busy process on the machine stops all of them.
+    """
+    import torch
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+
+
 def over_cores(function, work, workers=0):
-    """function(x) for every x of the list `work`, in order, over `workers` processes of one thread each (0: all cores).
-    Yields the results. Raises InputError where a process was ended from outside."""
+    """function(x) for every x of the list `work`, in order, over `workers` processes of one thread
+    each (0: all cores). Yields the results. Raises InputError where a process was ended from
+    outside."""
     workers = min(workers or os.cpu_count(), len(work))
     if workers < 2:
         yield from map(function, work)
         return
     # spawn, since a process forked after torch has run threads may hang
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
+                                                _start_worker) as pool:
         try:
             yield from pool.map(function, work, chunksize=2 if len(work) > 50 else 1)
         except concurrent.futures.BrokenExecutor as e:
-            raise InputError("a worker process was ended from outside (out of memory?); give the same command again, "
-                             "perhaps with fewer processes: what is finished is kept") from e
+            raise InputError("a worker process was ended from outside (out of memory?); give the "
+                             "same command again, perhaps with fewer processes: what is finished "
+                             "is kept") from e
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _start_worker():
-    """One thread per process, which ends with the process that started it, even if that one was killed."""
+    """One thread per process, which ends with the process that started it, even a killed one."""
     import torch
     torch.set_num_threads(1)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def hub_problem(error):
-    """Why the hub gave nothing, and what to do, as the end of an InputError's line. Libraries wrap the cause in errors of
-    their own, so the whole chain is looked through."""
+    """Why the hub gave nothing, and what to do, as the end of an InputError's line. Libraries wrap
+    the cause in errors of their own, so the whole chain is looked through."""
     from huggingface_hub import errors
     chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        if inner in chain:
+            break
         chain.append(inner)
 
     def found(*kinds):
         return any(isinstance(e, kinds) for e in chain)
+    names = [type(e).__name__ for e in chain]
     if found(errors.GatedRepoError):
-        return ("it is gated: accept its terms on its page of the hub, then set HF_TOKEN to a token of that account (or run "
-                "hf auth login)")
+        return ("it is gated: accept its terms on its page of the hub, then set HF_TOKEN to a "
+                "token of that account (or run hf auth login)")
     if found(errors.RepositoryNotFoundError):
-        return ("neither a path here nor a repository of the hub, or a private one: check the name; a private one needs "
-                "HF_TOKEN")
-    if found(errors.LocalEntryNotFoundError, ConnectionError) or any("Connect" in type(e).__name__ or "Timeout" in
-                                                                     type(e).__name__ for e in chain):
-        return ("not in the cache, and the hub cannot be reached: check the path, the network and HF_HUB_OFFLINE, or copy it "
-                "from a machine with network and give its path")
+        return ("neither a path here nor a repository of the hub, or a private one: check the "
+                "name; a private one needs HF_TOKEN")
+    if (found(errors.LocalEntryNotFoundError, ConnectionError)
+            or any("Connect" in name or "Timeout" in name for name in names)):
+        return ("not in the cache, and the hub cannot be reached: check the path, the network and "
+                "HF_HUB_OFFLINE, or copy it from a machine with network and give its path")
     if found(errors.EntryNotFoundError):
         return "the hub's repository lacks a file that is needed: check the name"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def load_settings(cls, argv, folders=None):
-    """Fill the dataclass `cls` from `argv`: YAML files, `key=value` and `--key value` words, in that order of reading.
-    `--key` of a bool needs no value.
+    """Fill the dataclass `cls` from `argv`: YAML files, `key=value` and `--key value` words, in
+    that order of reading. `--key` of a bool needs no value.
 
-    folders: a list that takes the words which are none of these; without it such a word is read as a YAML file.
-    Raises InputError on an unknown key, a value of the wrong type, or a file that is missing or not a YAML mapping.
+    folders: a list that takes the words which are none of these; without it such a word is read
+    as a YAML file. Raises InputError on an unknown key, a value of the wrong type, or a file that
+    is missing or not a YAML mapping.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if "-h" in argv or "--help" in argv:
-        settings = inspect.getsource(cls).partition(":\n")[2]  # with the comments, which explain them
-        print(f"{sys.modules[cls.__module__].__doc__}\nSettings, their defaults and what they do (key=value):\n{settings}")
+        print(f"{sys.modules[cls.__module__].__doc__}\nSettings, their defaults and what they do "
+              f"(key=value):\n{_settings_text(cls)}")
         raise SystemExit(0)
     values, words = {}, list(argv)
     while words:
@@ -109,26 +144,40 @@ def load_settings(cls, argv, folders=None):
         for key, value in new.items():
             if key not in fields:
                 near = difflib.get_close_matches(key, fields, 1)
-                raise InputError(f"{where}: unknown setting '{key}'" + (f", did you mean '{near[0]}'?" if near else
-                                 f"; known ones: {', '.join(fields)}"))
+                hint = (f", did you mean '{near[0]}'?" if near
+                        else f"; known ones: {', '.join(fields)}")
+                raise InputError(f"{where}: unknown setting '{key}'{hint}")
             values[key] = _convert(key, value, fields[key].type, where)
     return cls(**values)
 
 
+def _settings_text(cls):
+    """The lines that declare the settings of `cls`, with their comments: its own, then the
+    inherited ones that it leaves as they are."""
+    lines, seen = [], set()
+    for part in filter(dataclasses.is_dataclass, cls.__mro__):
+        body = inspect.getsource(part).partition(":\n")[2].rstrip().splitlines()
+        names = [line.split(":")[0].strip() for line in body]
+        lines += [line for line, name in zip(body, names) if name not in seen]
+        seen |= set(names)
+    return "\n".join(lines)
+
+
 def _read_yaml(path):
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such settings file; give a YAML file or key=value")
     try:
-        loaded = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as e:
-        raise InputError(f"{path}: cannot read this settings file ({e.strerror}); give a YAML file or key=value") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        loaded = yaml.safe_load(read_text(path)) or {}
+    except yaml.YAMLError as e:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(loaded, dict):
-        raise InputError(f"{path}: a settings file holds 'key: value' lines, this one holds a {type(loaded).__name__}")
+        raise InputError(f"{path}: a settings file holds 'key: value' lines, this one holds a "
+                         f"{type(loaded).__name__}")
     return loaded
 
 
 def _convert(key, value, kind, where):
-    """`value` (a YAML value or the text of a command-line word) as `kind`: bool, int, float or str."""
+    """`value` (a YAML value or the text of a command-line word) as `kind`: bool, int, float, str."""
     if isinstance(value, str) and kind is not str:
         try:
             value = yaml.safe_load(value)
@@ -138,8 +187,8 @@ def _convert(key, value, kind, where):
             pass
     if kind is float and type(value) is int:
         value = float(value)
-    if kind is str and type(value) in (int, float):
-        value = str(value)
+    if kind is str and type(value) in (int, float, bool):
+        value = str(value).lower()  # a bool as YAML writes it
     if type(value) is not kind:
         raise InputError(f"{where}: '{key}' must be {kind.__name__}, not {value!r}")
     return value
