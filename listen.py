@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import scipy.ndimage
 import scipy.signal
 import torch
 
@@ -55,6 +56,71 @@ def voiced(audio):
     from silero_vad.sequence_vad import get_speech_timestamps_sequence
     return [(s["start"] / RATE, s["end"] / RATE)
             for s in get_speech_timestamps_sequence(audio, model, min_speech_duration_ms=100)]
+
+
+LEAK_MARGIN = 6.0  # dB above the other channel's leak from which on a frame is its own channel's
+
+
+def _levels(channel):
+    """Level of each 10 ms frame (window 30 ms) of (N,) samples, in dB of full scale: (N // 160,)."""
+    frames = channel[:len(channel) // 160 * 160].reshape(-1, 160)
+    energy = np.einsum("ij,ij->i", frames, frames) / 160
+    return 10 * np.log10(scipy.ndimage.uniform_filter1d(energy, 3, mode="nearest").clip(1e-12))
+
+
+def own_speech(audio, speech=None):
+    """Each speaker's own stretches of speech, two lists of (start, end) in seconds, from audio (2, N) at 16 kHz.
+
+    Voice activity hears the other speaker too, who leaks into a channel at -12 to -40 dB (headsets, one room). How much
+    leaks is measured: the usual difference of the two levels where only the other speaks. What that leak explains is taken
+    out; where both really speak at once, both stay. Two channels that hold the same sound have no speech of their own.
+    speech: what `voiced` gives for both channels, if it is known already.
+    """
+    speech = speech or [voiced(channel) for channel in audio]
+    levels, own = [_levels(channel) for channel in audio], []
+    for mine, other, k in ((levels[0], levels[1], 0), (levels[1], levels[0], 1)):
+        heard = np.zeros(len(mine), bool)  # (frames,) the other is the louder one, and voiced
+        for start, end in speech[1 - k]:
+            heard[int(start * 100):int(end * 100)] = True
+        heard &= other >= mine
+        near = scipy.ndimage.maximum_filter1d(other, 5)
+        leak = np.quantile((mine - near)[heard], 0.4) if heard.any() else -200.0  # dB
+        # a leak comes with the room's echo: a frame is compared with the loudest of 10 ms after to 70 ms before it
+        masking = scipy.ndimage.maximum_filter1d(other, 9, origin=3)
+        above = mine - masking - leak - np.clip(-leak, 1, LEAK_MARGIN)  # no margin beyond "is the louder one"
+        own.append(_only_where(scipy.ndimage.uniform_filter1d(above, 11) > 0, speech[k]))
+    return own
+
+
+def _only_where(mask, stretches, gap=20, shortest=10):
+    """The parts of stretches (s) in which `mask` (10 ms frames) holds: breaks under `gap` frames count as holding, and
+    what then is shorter than `shortest` frames is left out. Borders at which it holds stay as they are."""
+    parts = []
+    for start, end in stretches:
+        frames = np.flatnonzero(mask[int(start * 100):int(np.ceil(end * 100))])
+        for run in np.split(frames, np.flatnonzero(np.diff(frames) > gap) + 1):
+            if len(run) and run[-1] - run[0] + 1 >= min(shortest, 100 * (end - start) / 2):
+                first = start if run[0] < gap else start + run[0] / 100
+                last = end if run[-1] > 100 * (end - start) - gap else start + (run[-1] + 1) / 100
+                parts.append((float(first), float(last)))
+    return parts
+
+
+# ---- transcripts -------------------------------------------------------------------------------------------------------
+
+NOISES = ("laugh|laughter|chuckl|giggl|snicker|sigh|cough|sniff|sneez|breath|inhal|exhal|gasp|groan|moan|yawn|cry|cries|"
+          "sob|throat|lip|tongue|whistl|hum|hiss|click|beep|ring|tone|static|noise|sound|music|applause|clap|silence|paus|"
+          "cross-?talk|overlap|unintelligible|inaudible|indistinct|unclear|mumbl|foreign|background")  # with their endings
+TAG = re.compile(  # ((anything)), [anything], <anything>; round one such word, with at most four others: (clears throat)
+    r"\(\([^()]*\)\)|\[[^\[\]]*\]|<[^<>\s][^<>]*>|"
+    rf"[({{*](?:\w+ ){{0,2}}(?:{NOISES})(?:e|e?s|ed|[bmp]?ing)?(?: \w+){{0,2}}[)}}*]", re.IGNORECASE)
+
+
+def strip_tags(text):
+    """A transcript's text without its marks of what is no speech: [laughter], (clears throat), <noise>, ((unintelligible)),
+    [inaudible 00:12]. Switchboard's [laughter-yes] is a word said laughing, and stays as yes. TAG finds the marks."""
+    text = re.sub(r"\[laughter-([\w']+)\]", r"\1", text)
+    return re.sub(r"\s+([.,!?;:])", r"\1", " ".join(TAG.sub(" ", text).split())).strip()
 
 
 # ---- recogniser -------------------------------------------------------------------------------------------------------
