@@ -22,6 +22,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import scipy.signal
@@ -605,11 +606,26 @@ def _our_name(nemo_name):
 # ---------------------------------------------------------------------------------------------------------------------
 # Audio files
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")  # what soundfile reads everywhere
+_SUFFIXES = {  # -> the format of libsndfile that reads it; older versions lack some
+    ".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".ogg": "OGG", ".oga": "OGG", ".opus": "OGG", ".aiff": "AIFF",
+    ".aif": "AIFF", ".aifc": "AIFF", ".au": "AU", ".snd": "AU", ".sph": "NIST", ".nist": "NIST", ".w64": "W64",
+    ".rf64": "RF64", ".caf": "CAF", ".voc": "VOC", ".sf": "IRCAM", ".avr": "AVR", ".paf": "PAF", ".pvf": "PVF"}
+AUDIO_SUFFIXES = tuple(suffix for suffix, form in _SUFFIXES.items() if form in soundfile.available_formats())
+UNREADABLE_SUFFIXES = (  # recordings too, but not for libsndfile
+    ".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".mkv", ".mov", ".avi", ".amr", ".3gp", ".ac3", ".ape", ".wv", ".ra",
+    ".mpeg", ".mpg", ".m4b", ".gsm", ".raw", ".pcm", ".shn", *(s for s in _SUFFIXES if s not in AUDIO_SUFFIXES))
+
+
+def missing_recording(transcript):
+    """Why the transcript at this path has no recording that can be read, as the end of a sentence."""
+    for path in sorted(Path(transcript).parent.iterdir()):
+        if path.stem == Path(transcript).stem and path.suffix.lower() in UNREADABLE_SUFFIXES:
+            return f"{path.name} lies there, but this kind cannot be read; convert it to wav"
+    return f"has no recording of its name ({Path(transcript).stem}.wav, or another of {', '.join(AUDIO_SUFFIXES[1:6])} ...)"
 
 
 def read_audio(path, channels=None, sample_rate=22050):
-    """An audio file (wav, flac, ogg, mp3) -> float32 tensor (channels, samples), resampled to `sample_rate` (Hz).
+    """An audio file (any of AUDIO_SUFFIXES) -> float32 tensor (channels, samples), resampled to `sample_rate` (Hz).
 
     `channels`: how many it must have, None for any. Raises InputError on a file that is missing, not audio, cut off,
     empty, or of another number of channels.
@@ -620,8 +636,9 @@ def read_audio(path, channels=None, sample_rate=22050):
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
     except (soundfile.SoundFileError, OSError) as e:
-        raise InputError(f"{path}: cannot be read as audio ({_brief(e)}); give a whole wav, flac, "
-                         f"ogg or mp3 file") from e
+        unknown = path.suffix.lower() in UNREADABLE_SUFFIXES
+        todo = "this kind cannot be read; convert it to wav" if unknown else "give a whole wav, flac, ogg or mp3 file"
+        raise InputError(f"{path}: cannot be read as audio ({_brief(e)}); {todo}") from e
     if len(audio) == 0:
         raise InputError(f"{path}: empty, it has no samples; record or export it again")
     if channels is not None and audio.shape[1] != channels:
@@ -631,13 +648,38 @@ def read_audio(path, channels=None, sample_rate=22050):
     if rate < 8000:
         raise InputError(f"{path}: sampled at {rate} Hz, too low for speech; needs 8000 Hz or more "
                          f"({sample_rate} Hz is best)")
-    audio = torch.from_numpy(audio.T)
-    if not audio.isfinite().all():
+    audio = np.ascontiguousarray(audio.T)  # (channels, samples)
+    if not np.isfinite(audio.sum(axis=1)).all():
         raise InputError(f"{path}: holds samples that are not numbers (NaN or infinite); export it again")
-    if rate != sample_rate:
-        g = math.gcd(rate, sample_rate)
-        audio = torch.from_numpy(scipy.signal.resample_poly(audio.numpy(), sample_rate // g, rate // g, axis=1))
-    return audio.contiguous()
+    return torch.from_numpy(resample(audio, rate, sample_rate))
+
+
+def resample(audio, rate, new_rate):
+    """numpy (..., N) at `rate` -> (..., M) float32 at `new_rate`, row by row: long recordings need no second copy."""
+    if rate == new_rate:
+        return audio
+    g = math.gcd(rate, new_rate)
+    return np.stack([scipy.signal.resample_poly(row, new_rate // g, rate // g) for row in audio])
+
+
+def set_level(audio, sample_rate, level):
+    """Brings each channel's speech to `level` dB of full scale, in place: codecs and models know one loudness, and 20 dB
+    below it give other codes. audio (channels, samples) tensor; level 0 leaves it. Returns audio.
+
+    Speech: the 20 ms frames within 15 dB of the loudest hundredth, at least half a second; so what leaks from the other
+    channel hardly counts. Nothing is raised by more than 40 dB or so far that it clips; silence stays.
+    """
+    size = sample_rate // 50
+    for channel in audio if level else []:
+        frames = channel[:len(channel) // size * size].view(-1, size)
+        energy = torch.linalg.vector_norm(frames, dim=1).square() / size
+        if len(energy) == 0 or energy.max() < 1e-7:  # -70 dB
+            continue
+        loud = energy.topk(min(len(energy), max(25, len(energy) // 100))).values[-1]
+        now = 10 * energy[energy >= loud * 10 ** -1.5].mean().log10().item()
+        gain = 10 ** (min(level - now, 40) / 20)
+        channel *= min(gain, max(1.0, 0.99 / channel.abs().max().item())) if gain > 1 else gain
+    return audio
 
 
 def write_audio(path, audio, sample_rate):
@@ -646,13 +688,13 @@ def write_audio(path, audio, sample_rate):
     Atomic: the file appears whole or not at all. Raises InputError on an unknown suffix or a place it cannot write to.
     """
     path, audio = Path(path), torch.as_tensor(audio)
-    form = path.suffix[1:].upper()
-    if form not in soundfile.available_formats():
+    if path.suffix.lower() not in AUDIO_SUFFIXES:
         raise InputError(f"{path}: cannot write audio of this kind; end the name in .wav, .flac or .mp3")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(temporary, audio.detach().cpu().float().numpy().T, sample_rate, format=form)
+        soundfile.write(temporary, audio.detach().cpu().float().numpy().T, sample_rate,
+                        format=_SUFFIXES[path.suffix.lower()], subtype="OPUS" if path.suffix.lower() == ".opus" else None)
         os.replace(temporary, path)
     except (soundfile.SoundFileError, OSError) as e:
         if temporary.is_file():
