@@ -1,18 +1,32 @@
-"""Dialogues to streams: what the model reads and predicts at every 80 ms frame (paper sections 4 and 6, spec 1-3).
+"""Dialogues to streams: what the model reads and predicts at every frame (paper sections 4 and 6).
 
-One dialogue in the released columns becomes, seen from one of its speakers (the *system*; the other is the *user*):
+One dialogue, as a row of the released columns, becomes, seen from one of its two speakers:
 
     prompt  the instruction, as text tokens                                          (P,)
     audio   system codebooks 1..K, then user codebooks 1..K, one id a frame          (2K, T)
     text    the system's words, on the frames where they are spoken, pads elsewhere  (T,)
 
     audio row   D  D  a0 a1 a2 a3 ...  E     D = delay id (C), a = codes 0..C-1, E = end id (C+1)
-    text row    t0 t1 t2 t3 ...  S  S  eot   S = silence pad: text leads audio by the delay
+    text row    t0 t1 t2 t3 ...  S  S  eot   S = silence pad: text leads audio by the delay d, here 2
+
+The paper's words:
+    system, user   the speaker that the model plays, and the one that it hears; both sides of a dialogue are learnt from
+    frame          80 ms, 12.5 a second; T frames in a dialogue, P tokens in a prompt
+    DAU            discrete audio unit: one code, of one codebook in one frame
+    K, C           codebooks of the codec, and codes of each: 4 and 4032 of the paper's NanoCodec
+    d              the delay: in frame t stands the audio of time t-d, but the text of time t
+    IPU            inter-pausal unit: speech of one speaker between two silences of 0.2 s or more (turns.py)
+
+Why text leads: the heads predict text and audio of a frame in parallel, from one hidden state. So the audio of a frame
+cannot know the text of the same frame; only *earlier* text can steer it.
 
 `python data.py` prints the prompt of a test dialogue and draws a piece of its streams.
 """
+import dataclasses
+import glob
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -20,15 +34,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from config import InputError, hub_problem, load_settings
 
-# In this order behind the tokenizer's own vocabulary; the counting tokens only keep the rows of released checkpoints.
-SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, BC, INTER = "[SILENCE_PAD]", "[UTTERANCE_PAD]", "[WORD_PAD]", "[BC]", "[INTER]"
-EXTRA_TOKENS = ([SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, BC, INTER]
-                + [f"[INTERRUPT{i}]" for i in range(1, 21)] + [f"[BC{i}]" for i in range(1, 41)])
+SILENCE_PAD, UTTERANCE_PAD, WORD_PAD = "[SILENCE_PAD]", "[UTTERANCE_PAD]", "[WORD_PAD]"
+BC, INTER = "[BC]", "[INTER]"
+COUNTED = {BC: [f"[BC{i}]" for i in range(1, 41)], INTER: [f"[INTERRUPT{i}]" for i in range(1, 21)]}
+# in this order behind the tokenizer's own vocabulary, as in the released checkpoints
+EXTRA_TOKENS = [SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, BC, INTER, *COUNTED[INTER], *COUNTED[BC]]
+MARK_KINDS = (dict.fromkeys([BC, *COUNTED[BC]], "backchannel")
+              | dict.fromkeys([INTER, *COUNTED[INTER]], "interruption"))
 COLUMNS = ["narrative", "new_narrative_s1", "new_narrative_s2", "speakers", "utterances",
            "dsu_c1_path", "dsu_c2_path", "spk_emb_c1", "spk_emb_c2"]
 FRAME_RATE = 12.5  # frames per second
@@ -36,26 +57,47 @@ FRAME_RATE = 12.5  # frames per second
 
 @dataclass
 class StreamFormat:
-    """How a dialogue is laid out in streams; stored with a checkpoint, so that generation lays out the same."""
+    """How a dialogue is laid out in streams; stored with a checkpoint, so that generation lays out
+    the same. Raises InputError on values that there are not."""
     alignment: str = "word"  # text stream: word | utterance | none
     delay: int = 2  # frames by which text leads audio
-    behaviour_tokens: bool = False  # [BC] and [INTER] in front of backchannels and interruptions
+    behaviour_tokens: str = "none"  # marks before events: none | plain | count_up | count_down
     max_frames: int = 2048  # longer dialogues are cut to this many frames, before the delay
-    rewritten_narrative: bool = True  # the narrative from the system's side; False: the plain one (paper section 6.1)
+    rewritten_narrative: bool = True  # from the system's side; False: the plain one (section 6.1)
     codebook_size: int = 4032  # C
 
     def __post_init__(self):
+        # true and false are what older configs and checkpoints hold
+        older = {"true": "plain", "false": "none"}
+        marks = str(self.behaviour_tokens)
+        self.behaviour_tokens = older.get(marks.lower(), marks)
+        if self.behaviour_tokens not in ("none", "plain", "count_up", "count_down"):
+            raise InputError(f"behaviour_tokens is '{marks}'; use none, plain, count_up or "
+                             "count_down")
         if self.alignment not in ("word", "utterance", "none"):
             raise InputError(f"alignment is '{self.alignment}'; use word, utterance or none")
         if self.delay < 0 or self.max_frames < 1:
-            raise InputError(f"delay={self.delay} and max_frames={self.max_frames}: a delay is 0 or more frames, "
-                             "max_frames at least 1")
+            raise InputError(f"delay={self.delay} and max_frames={self.max_frames}: a delay is 0 or "
+                             "more frames, max_frames at least 1")
+
+
+def stored_format(config):
+    """The StreamFormat in a checkpoint's config.json (a dict). A released one has none: it is the
+    paper's best."""
+    stored = config.get("stream_format") or {}
+    if "audio_vocab_size" in config:
+        stored = stored | {"codebook_size": config["audio_vocab_size"]}
+    known = {field.name for field in dataclasses.fields(StreamFormat)}
+    return StreamFormat(**{key: value for key, value in stored.items() if key in known})
+
+
+# ---- the instruction ----
 
 
 def make_prompt(name, other, narrative, backchannels, interruptions, starts):
-    """The instruction to the speaker `name` as the text that the model reads (paper Fig. 2, spec 3)."""
-    return (f"Generate a dialogue between you ({name}) and another speaker ({other}) based on the given narrative. "
-            "Follow the specific behavior instructions for you.\n\n"
+    """The instruction to the speaker `name`, as the text that the model reads (paper Fig. 2)."""
+    return (f"Generate a dialogue between you ({name}) and another speaker ({other}) based on the "
+            "given narrative. Follow the specific behavior instructions for you.\n\n"
             f"Narrative:\n- {narrative}\n\n"
             f"Your behaviors:\n- backchannels: {backchannels}\n- interruptions: {interruptions}\n"
             f"- starts the dialogue: {starts}\n\n"
@@ -63,13 +105,17 @@ def make_prompt(name, other, narrative, backchannels, interruptions, starts):
 
 
 def frames_per_second(dialogue):
-    """Frames per second of the annotation: close to 12.5, since the recording ends near the last utterance's end."""
+    """Frames per second of the annotation, which words are placed by: close to 12.5, but not equal,
+    since the recording ends near the last utterance's end."""
     return len(dialogue["dsu_c1_path"][0]) / dialogue["utterances"][-1]["end_time"]
 
 
 def segments(dialogue, speaker):
-    """What `speaker` (0 or 1) says, as (segment, behaviour token or '', utterance): own utterances, and backchannels
-    that lie in an utterance of the other. A segment is a dict with `words`, `start_time`, `end_time` in seconds."""
+    """What `speaker` (0 or 1) says, as (segment, BC, INTER or '', utterance): own utterances, and
+    backchannels that lie in an utterance of the other.
+
+    A segment is a dict with `words`, `start_time`, `end_time` in seconds.
+    """
     for utterance in dialogue["utterances"]:
         if utterance["speaker_idx"] == speaker:
             yield utterance, INTER if utterance["uttr_type"] == "interrupt" else "", utterance
@@ -78,191 +124,412 @@ def segments(dialogue, speaker):
                 yield backchannel, BC, utterance
 
 
-def event_counts(dialogue, system, fmt):
-    """(backchannels, interruptions) of speaker `system` that end in the first `max_frames` frames; a backchannel counts
+def counted_events(dialogue, system, fmt):
+    """{BC: [...], INTER: [...]}: which of `segments(dialogue, system)` the prompt counts, as
+    positions in order of time. It counts what ends in the first `max_frames` frames, a backchannel
     with the utterance that it lies in, as in the authors' program."""
-    last = fmt.max_frames / frames_per_second(dialogue)
-    kinds = [kind for _, kind, utterance in segments(dialogue, system) if utterance["end_time"] <= last]
-    return kinds.count(BC), kinds.count(INTER)
+    last = fmt.max_frames / frames_per_second(dialogue)  # seconds
+    found = {BC: [], INTER: []}
+    parts = list(segments(dialogue, system))
+    for i, (_, kind, utterance) in enumerate(parts):
+        if kind and utterance["end_time"] <= last:
+            found[kind].append(i)
+    for positions in found.values():
+        positions.sort(key=lambda i: parts[i][0]["start_time"])
+    return found
+
+
+def event_counts(dialogue, system, fmt):
+    """(backchannels, interruptions) of speaker `system`, as the prompt tells them."""
+    found = counted_events(dialogue, system, fmt)
+    return len(found[BC]), len(found[INTER])
 
 
 def instruction(dialogue, system, fmt):
     """The prompt text for speaker `system` of a dialogue, with the counts of event_counts."""
-    narrative = dialogue[f"new_narrative_s{system + 1}" if fmt.rewritten_narrative else "narrative"]
+    rewritten = f"new_narrative_s{system + 1}"
+    narrative = dialogue[rewritten if fmt.rewritten_narrative else "narrative"]
+    starts = dialogue["utterances"][0]["speaker_idx"] == system
     return make_prompt(dialogue["speakers"][system], dialogue["speakers"][1 - system], narrative,
-                       *event_counts(dialogue, system, fmt), dialogue["utterances"][0]["speaker_idx"] == system)
+                       *event_counts(dialogue, system, fmt), starts)
+
+
+# ---- the streams ----
+
+
+def mark_kind(token):
+    """'backchannel', 'interruption', or '' for a token's string that is no mark, whatever the
+    numbering."""
+    return MARK_KINDS.get(token, "")
+
+
+def marks(dialogue, system, fmt):
+    """The mark, or '', that opens each of `segments(dialogue, system)`.
+
+    count_up numbers events as they come, which is an option of the authors' program that the paper
+    does not report; count_down is ours: the mark says how many are still to come, this one
+    included. What the prompt does not count, since it ends behind max_frames, has the plain mark;
+    numbers beyond the last counting token stay at it.
+    """
+    opening = [kind for _, kind, _ in segments(dialogue, system)]
+    if fmt.behaviour_tokens == "none":
+        return [""] * len(opening)
+    if fmt.behaviour_tokens == "plain":
+        return opening
+    for kind, positions in counted_events(dialogue, system, fmt).items():
+        for before, i in enumerate(positions):
+            up = fmt.behaviour_tokens == "count_up"
+            number = before + 1 if up else len(positions) - before
+            opening[i] = COUNTED[kind][min(number, len(COUNTED[kind])) - 1]
+    return opening
+
+
+def place_words(row, words, mark, rate, tokenizer, word_pad):
+    """Write a segment's words into `row` (T,): a word's tokens from its start frame on, then word
+    pads up to its end. Tokens that outlast their word push the next word back.
+
+    words: dicts of word, start, dur (seconds). Returns (whether all fit, words pushed back).
+    """
+    texts = [mark + words[0]["word"].lower()] + [" " + word["word"].lower() for word in words[1:]]
+    pushed, free = 0, 0  # free: the first frame that no earlier word of the segment needs
+    for word, ids in zip(words, tokenizer(texts, add_special_tokens=False)["input_ids"]):
+        start = int(word["start"] * rate)
+        pushed += free > start
+        start = max(start, free)
+        if start + len(ids) > len(row):
+            return False, pushed
+        free = max(start + len(ids), int((word["start"] + word["dur"]) * rate))
+        row[start:free] = word_pad
+        row[start:start + len(ids)] = ids
+    return True, pushed
+
+
+def place_utterance(row, words, mark, rate, tokenizer):
+    """Write a segment's words into `row` (T,), all tokens from its start frame on, without the
+    punctuation inside. Returns whether they fit into the segment."""
+    first, last = int(words[0]["start"] * rate), int((words[-1]["start"] + words[-1]["dur"]) * rate)
+    text = re.sub(r"[.,!?](?= )", "", " ".join(word["word"] for word in words).lower())
+    ids = tokenizer.encode(mark + text, add_special_tokens=False)
+    if first + len(ids) > min(last, len(row)):
+        return False
+    row[first:first + len(ids)] = ids
+    return True
 
 
 def text_stream(dialogue, system, tokenizer, fmt):
-    """The text row of speaker `system` (spec 2), before cut and delay.
+    """The text row of speaker `system`, before cut and delay (paper section 4).
 
-    Returns (list of T ids, number of words pushed back by the tokens before them). Returns (None, n) when the dialogue
-    cannot be laid out and is dropped, as the paper does: a segment without words, or tokens that do not fit.
-    Raises InputError when a word lies outside its utterance.
+    Returns (T ids as an array, number of words pushed back by the tokens before them). Returns
+    (None, n) when the dialogue cannot be laid out and is dropped, as the paper does: a segment
+    without words, or tokens that do not fit.
     """
-    silence, utterance_pad, word_pad = tokenizer.convert_tokens_to_ids([SILENCE_PAD, UTTERANCE_PAD, WORD_PAD])
-    num_frames, rate, overflow = len(dialogue["dsu_c1_path"][0]), frames_per_second(dialogue), 0
-    row = [silence] * num_frames
-    for segment, kind, _ in segments(dialogue, system):
-        words = [dict(word, end=word["start"] + word["dur"]) for word in segment["words"] or []]
+    silence, utterance_pad, word_pad = tokenizer.convert_tokens_to_ids(
+        [SILENCE_PAD, UTTERANCE_PAD, WORD_PAD])
+    rate, overflow = frames_per_second(dialogue), 0
+    row = np.full(len(dialogue["dsu_c1_path"][0]), silence)
+    opening = marks(dialogue, system, fmt)
+    for (segment, _, _), mark in zip(segments(dialogue, system), opening):
+        words, mark = segment["words"], mark and mark + " "
         if not words:
             return None, overflow
-        for word in words:  # a millisecond of rounding is allowed
-            if word["start"] < segment["start_time"] - 1e-3 or word["end"] > segment["end_time"] + 1e-3:
-                raise InputError(f"dialogue {dialogue.get('soda_index')}: the word '{word['word']}' at {word['start']:.3f}-"
-                                 f"{word['end']:.3f} s lies outside its utterance ({segment['start_time']:.3f}-"
-                                 f"{segment['end_time']:.3f} s); correct its times")
-        mark = kind + " " if fmt.behaviour_tokens and kind else ""
-        first, last = int(words[0]["start"] * rate), int(words[-1]["end"] * rate)
-        row[first:last] = [utterance_pad] * len(row[first:last])
+        end = words[-1]["start"] + words[-1]["dur"]
+        row[int(words[0]["start"] * rate):int(end * rate)] = utterance_pad
         if fmt.alignment == "utterance":
-            text = re.sub(r"[.,!?](?= )", "", " ".join(word["word"] for word in words).lower())
-            ids = tokenizer.encode(mark + text, add_special_tokens=False)
-            if len(ids) > last - first:
-                return None, overflow
-            row[first:first + len(ids)] = ids
-            continue
-        free = 0  # the first frame that no earlier word of this segment needs
-        texts = [(" " if i else mark) + word["word"].lower() for i, word in enumerate(words)]
-        for word, ids in zip(words, tokenizer(texts, add_special_tokens=False)["input_ids"]):  # one call is faster
-            start = int(word["start"] * rate)
-            overflow += free > start
-            start = max(start, free)
-            free = max(start + len(ids), int(word["end"] * rate))
-            if start + len(ids) > num_frames:
-                return None, overflow
-            free = min(free, num_frames)
-            row[start:free] = ids + [word_pad] * (free - start - len(ids))
+            fits = place_utterance(row, words, mark, rate, tokenizer)
+        else:
+            fits, pushed = place_words(row, words, mark, rate, tokenizer, word_pad)
+            overflow += pushed
+        if not fits:
+            return None, overflow
     return row, overflow
 
 
 def streams(dialogue, system, tokenizer, fmt):
     """One dialogue from the side of speaker `system`, without the end marks.
 
-    Returns a dict of prompt (P,), audio (2K, T+delay), text (T+delay,) as long tensors and speaker (S,) float; or None
-    if the dialogue's text cannot be laid out (see text_stream). With alignment 'none' the text row is silence pads.
+    Returns a dict of prompt (P,), audio (2K, T+delay), text (T+delay,) as long tensors and speaker
+    (S,) float; or None if the dialogue's text cannot be laid out (see text_stream). With alignment
+    'none' the text row is silence pads.
     """
     silence = tokenizer.convert_tokens_to_ids(SILENCE_PAD)
     codes = [dialogue["dsu_c1_path"], dialogue["dsu_c2_path"]]
-    text = [silence] * len(codes[0][0])
+    text = np.full(len(codes[0][0]), silence)
     if fmt.alignment != "none":
         text, _ = text_stream(dialogue, system, tokenizer, fmt)
     if text is None:
         return None
-    audio = torch.tensor([row[:fmt.max_frames] for row in codes[system] + codes[1 - system]])  # (2K, T)
-    delay_ids = torch.full((audio.shape[0], fmt.delay), fmt.codebook_size)
-    return {"prompt": torch.tensor(tokenizer.encode(instruction(dialogue, system, fmt), add_special_tokens=False)),
-            "audio": torch.cat([delay_ids, audio], dim=1),
-            "text": torch.tensor(text[:fmt.max_frames] + [silence] * fmt.delay),
-            "speaker": torch.tensor(dialogue[f"spk_emb_c{system + 1}"], dtype=torch.float32)}
+    audio = torch.tensor(codes[system] + codes[1 - system])[:, :fmt.max_frames]  # (2K, T)
+    text = torch.from_numpy(text)[:fmt.max_frames]  # (T,)
+    prompt = tokenizer.encode(instruction(dialogue, system, fmt), add_special_tokens=False)
+    speaker = dialogue[f"spk_emb_c{system + 1}"]
+    return {"prompt": torch.tensor(prompt),
+            "audio": torch.nn.functional.pad(audio, (fmt.delay, 0), value=fmt.codebook_size),
+            "text": torch.nn.functional.pad(text, (0, fmt.delay), value=silence),
+            "speaker": torch.tensor(speaker, dtype=torch.float32)}
+
+
+def pad_left(rows, pad):
+    """Prompts of several lengths as one batch that ends together.
+
+    rows: B lists (or tensors) of ids. Returns (ids (B, P) with `pad` on the left, mask (B, P),
+    False there); the mask is None if nothing is padded: attention is faster without.
+    """
+    rows = [torch.as_tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True,
+                        padding_value=False, padding_side="left")
+    return ids, None if mask.all() else mask
 
 
 def collate(items, end_token, fmt):
-    """Items of `streams` to one batch of B. Prompts are padded on the left, frames on the right, so that frame 0 is at
-    the same position for all; every item's frames are closed by the end id and the end token.
+    """Items of `streams` to one batch of B. Prompts are padded on the left, frames on the right, so
+    that frame 0 is at the same position for all; every item's frames are closed by the end id and
+    the end token, which are the padding too.
 
-    Returns prompt (B, P) and prompt_mask (B, P), audio (B, 2K, T) and text (B, T) with frame_mask (B, T), speaker (B, S).
-    prompt_mask is None if no prompt is padded: attention is faster without.
+    Returns prompt (B, P) and prompt_mask (B, P) or None as of pad_left, audio (B, 2K, T) and text
+    (B, T) with frame_mask (B, T), speaker (B, S).
     """
-    size, prompt_len = len(items), max(len(item["prompt"]) for item in items)
-    num_frames = max(item["audio"].shape[1] for item in items) + 1
-    batch = {"prompt": torch.full((size, prompt_len), end_token),
-             "prompt_mask": torch.zeros(size, prompt_len, dtype=torch.bool),
-             "audio": torch.full((size, items[0]["audio"].shape[0], num_frames), fmt.codebook_size + 1),
-             "text": torch.full((size, num_frames), end_token),
-             "frame_mask": torch.zeros(size, num_frames, dtype=torch.bool),
-             "speaker": torch.stack([item["speaker"] for item in items])}
-    for b, item in enumerate(items):
-        length = item["audio"].shape[1]
-        batch["prompt"][b, prompt_len - len(item["prompt"]):] = item["prompt"]
-        batch["prompt_mask"][b, prompt_len - len(item["prompt"]):] = True
-        batch["audio"][b, :, :length] = item["audio"]
-        batch["text"][b, :length] = item["text"]
-        batch["frame_mask"][b, :length + 1] = True
-    if batch["prompt_mask"].all():
-        batch["prompt_mask"] = None
-    return batch
+    def close(rows, end):  # rows (T, ...) of several lengths -> (B, longest T + 1, ...)
+        rows = [torch.cat([row, row.new_full((1, *row.shape[1:]), end)]) for row in rows]
+        return pad_sequence(rows, batch_first=True, padding_value=end)
+
+    prompt, prompt_mask = pad_left([item["prompt"] for item in items], end_token)
+    audio = close([item["audio"].T for item in items], fmt.codebook_size + 1).transpose(1, 2)
+    text = close([item["text"] for item in items], end_token)
+    frames = torch.tensor([len(item["text"]) + 1 for item in items])
+    return {"prompt": prompt, "prompt_mask": prompt_mask, "audio": audio, "text": text,
+            "frame_mask": torch.arange(text.shape[1]) < frames[:, None],
+            "speaker": torch.stack([item["speaker"] for item in items])}
+
+
+def new_tokenizer(dialogues, vocab_size, fmt):
+    """A byte-level BPE tokenizer learnt on the dialogues' prompts and words (of load_dialogues).
+
+    With enough room, every word that occurs is one token, and the same one wherever it stands: text
+    is lower-cased and each word gets a leading space, so that "Hi (Anna)." in the prompt and "anna"
+    at the start of a segment or behind a mark share their ids. That makes taking up a name or a
+    thing of the prompt a matter of copying. Other text still encodes, in pieces, down to bytes.
+    """
+    def texts():
+        for dialogue in dialogues.remove_columns(["dsu_c2_path"]):  # less to read
+            for side in (0, 1):
+                yield instruction(dialogue, side, fmt)
+                for segment, _, _ in segments(dialogue, side):
+                    yield " ".join(word["word"] for word in segment["words"] or [])
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace("’", "'"),
+        normalizers.Replace("(", "( "), normalizers.Prepend(" "),  # no word without a space
+        normalizers.Replace(Regex(" +"), " ")])
+    pieces = r" ?\w+(?:[.,'-]\w+)*| ?[^\w\s]+|\s+"  # words, punctuation, space
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pieces), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts(), trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|begin_of_text|>", "<|eot_id|>"],
+        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin_of_text|>",
+                                   eos_token="<|eot_id|>")
+
+
+# ---- data sets ----
 
 
 def load_dialogues(source, split, streaming=False):
     """A split of a prepared data set: a folder of `prepare.py` (SPLIT-*.parquet), or a hub id.
 
-    Returns a datasets.Dataset with the released columns (spec 9), or an IterableDataset, which reads (and fetches) no more
-    than is asked of it, if streaming. Raises InputError if it is not there, has no such split, or lacks a column.
+    Returns a datasets.Dataset with the released columns, or an IterableDataset, which reads (and
+    fetches) no more than is asked of it, if streaming. Raises InputError if it is not there, has no
+    such split, or lacks a column.
     """
-    files = sorted(map(str, Path(source).glob(f"{split}-*.parquet")))
+    files = sorted(map(str, Path(source).glob(f"{glob.escape(split)}-*.parquet")))
     try:
         if files:
-            loaded = datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+            files = list(map(glob.escape, files))  # datasets takes paths for patterns
+            loaded = datasets.load_dataset("parquet", data_files=files, split="train",
+                                           streaming=streaming)
         elif Path(source).exists():
             raise InputError(f"{source}: no {split}-*.parquet here; prepare.py writes such a folder")
         else:
             loaded = datasets.load_dataset(source, split=split, streaming=streaming)
-        columns = loaded.column_names or list(next(iter(loaded)))  # a stream may not know them before it reads
+        columns = loaded.column_names or list(next(iter(loaded)))  # a stream may not know them yet
     except InputError:
         raise
-    except Exception as e:  # datasets wraps the many ways of a broken file or a missing network in as many classes
-        raise InputError(f"{source}: cannot open the data set's split '{split}': {hub_problem(e)}") from e
-    missing = [column for column in COLUMNS if column not in columns]
-    if missing:
-        raise InputError(f"{source} ({split}): the data set lacks the column {', '.join(missing)}; see spec of the "
-                         "released columns in README.md, or make it with prepare.py")
+    except Exception as e:  # of a broken file or a missing network, in as many classes as there are
+        raise InputError(f"{source}: cannot open the data set's split '{split}': "
+                         f"{hub_problem(e)}") from e
+    if missing := [column for column in COLUMNS if column not in columns]:
+        raise InputError(f"{source} ({split}): the data set lacks the column {', '.join(missing)}; "
+                         "README.md lists the columns, and prepare.py makes them")
     return loaded
 
 
 def made_with(source):
-    """What codes and embeddings of the data set in folder `source` are made with, a dict of codec_fingerprint, speaker_encoder
-    and speaker_size, out of prepare.py's info.json; {} where there is none, as in the released data. train.py copies it to the
-    checkpoint's config, so that generate.py can refuse what does not fit.
+    """What codes and embeddings of the data set in folder `source` are made with, a dict of
+    codec_fingerprint, speaker_encoder and speaker_size, out of prepare.py's info.json; {} where
+    there is none, as in the released data. train.py copies it to the checkpoint's config, so that
+    generate.py can refuse what does not fit. Raises InputError if info.json is no JSON.
     """
     path = Path(source) / "info.json"
-    info = json.loads(path.read_text()) if path.exists() else {}
-    return {key: info[key] for key in ("codec_fingerprint", "speaker_encoder", "speaker_size") if key in info}
+    try:
+        info = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as e:
+        raise InputError(f"{path}: not valid JSON ({e}); prepare.py writes such a file") from e
+    keys = ("codec_fingerprint", "speaker_encoder", "speaker_size")
+    return {key: info[key] for key in keys if key in info}
+
+
+def dialogue_name(dialogue):
+    """How a dialogue is called in messages: its file's name, else its number."""
+    return str(dialogue.get("file_name") or dialogue.get("soda_index"))
 
 
 def check_dialogue(dialogue, fmt):
-    """Raise InputError if a dialogue's codes do not fit the format, each other, or its times."""
-    where = f"dialogue {dialogue.get('soda_index')}"
-    rows = dialogue["dsu_c1_path"] + dialogue["dsu_c2_path"]
-    if not dialogue["utterances"] or not dialogue["utterances"][-1]["end_time"] or not rows or not all(rows):
-        raise InputError(f"{where}: has no utterances, no codes, or no end_time of the last utterance; prepare it again")
-    lengths = {len(row) for row in rows}
-    if len(lengths) != 1 or len(dialogue["dsu_c1_path"]) != len(dialogue["dsu_c2_path"]):
-        raise InputError(f"{where}: the codebook rows differ in length or number ({sorted(lengths)} frames); "
-                         "encode the dialogue again")
-    low, high = min(map(min, rows)), max(map(max, rows))
-    if low < 0 or high >= fmt.codebook_size:
-        raise InputError(f"{where}: codes from {low} to {high} are outside 0..{fmt.codebook_size - 1}; "
-                         "set codebook_size to that of the data's codec")
-    rate = frames_per_second(dialogue)
-    if abs(rate - FRAME_RATE) > 0.1 * FRAME_RATE:
-        raise InputError(f"{where}: {len(rows[0])} frames of codes but {dialogue['utterances'][-1]['end_time']:.2f} s of "
-                         f"times, which is {rate:.1f} frames a second instead of {FRAME_RATE}; codes and times disagree")
+    """Raise InputError with the reason if a dialogue cannot be used: its codes do not fit the
+    format, each other or its times, or a value is not what it should be."""
+    try:
+        check_codes(dialogue, fmt)
+        check_times(dialogue, fmt)
+        check_prompt(dialogue, fmt)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"something is missing or of another form: {type(e).__name__}: "
+                         f"{e}; prepare it again") from e
+
+
+def check_codes(dialogue, fmt):
+    """Of check_dialogue: the codes, and their number against the seconds."""
+    sides = dialogue["dsu_c1_path"], dialogue["dsu_c2_path"]
+    lengths = {len(row) for side in sides for row in side}
+    if not lengths or 0 in lengths:
+        raise InputError("has no codes; encode it again")
+    if len(lengths) != 1 or len(sides[0]) != len(sides[1]):
+        raise InputError(f"the codebook rows differ in length or number ({sorted(lengths)} "
+                         "frames); encode it again")
+    codes = np.array(sides)  # (2, K, T)
+    if codes.dtype.kind != "i" or codes.min() < 0 or codes.max() >= fmt.codebook_size:
+        raise InputError(f"codes from {codes.min()} to {codes.max()} are outside "
+                         f"0..{fmt.codebook_size - 1}; set codebook_size to that of the data's codec")
+    end = dialogue["utterances"][-1]["end_time"] if dialogue["utterances"] else 0
+    if not is_number(end) or end <= 0:
+        raise InputError("has no utterances, or no end_time of the last one; prepare it again")
+    if abs(frames_per_second(dialogue) - FRAME_RATE) > 0.1 * FRAME_RATE:
+        raise InputError(f"{codes.shape[-1]} frames of codes but {end:.2f} s of times, which is "
+                         f"{frames_per_second(dialogue):.1f} frames a second instead of "
+                         f"{FRAME_RATE}; codes and times disagree")
+
+
+def check_times(dialogue, fmt):
+    """Of check_dialogue: utterances, segments and words have times in seconds, in order, one in the
+    other. A millisecond of rounding is allowed."""
+    begin = 0
+    for utterance in dialogue["utterances"]:
+        if utterance["speaker_idx"] not in (0, 1):
+            raise InputError(f"an utterance's speaker_idx is {utterance['speaker_idx']}, not 0 or 1")
+        for segment in (utterance, *utterance["backchannels"]):
+            check_segment(segment, fmt)
+        if utterance["start_time"] < begin:
+            raise InputError(f"the utterance at {utterance['start_time']:.3f} s stands behind one "
+                             f"at {begin:.3f} s; sort utterances by start_time")
+        begin = utterance["start_time"]
+
+
+def check_segment(segment, fmt):
+    """Of check_times: one utterance or backchannel."""
+    begin, end = segment["start_time"], segment["end_time"]
+    if not is_number(begin) or not is_number(end) or not 0 <= begin <= end:
+        raise InputError(f"a segment's times are {begin!r} and {end!r}; they must be seconds, in "
+                         "order")
+    if not segment["words"] and fmt.alignment != "none":
+        raise InputError(f"the segment at {begin:.3f} s has no words")
+    earliest = begin
+    for word in segment["words"] or []:
+        start, dur = word["start"], word["dur"]
+        if not is_number(start) or not is_number(dur) or dur < 0 or type(word["word"]) is not str:
+            raise InputError(f"the word {word['word']!r} has start {start!r} and dur {dur!r}; they "
+                             "must be seconds")
+        if start < begin - 1e-3 or start + dur > end + 1e-3:
+            raise InputError(f"the word '{word['word']}' at {start:.3f}-{start + dur:.3f} s lies "
+                             f"outside its utterance ({begin:.3f}-{end:.3f} s); correct its times")
+        if start < earliest - 1e-3:
+            raise InputError(f"the word '{word['word']}' at {start:.3f} s stands behind one at "
+                             f"{earliest:.3f} s; sort words by start")
+        earliest = start
+
+
+def check_prompt(dialogue, fmt):
+    """Of check_dialogue: names, narratives and speaker embeddings."""
+    rewritten = ["new_narrative_s1", "new_narrative_s2"]
+    texts = [dialogue[key] for key in (rewritten if fmt.rewritten_narrative else ["narrative"])]
+    if not all(type(text) is str and text.strip() for text in texts + dialogue["speakers"][:2]):
+        raise InputError("a name or a narrative is missing; rewrite.py makes the rewritten ones")
+    for key in ("spk_emb_c1", "spk_emb_c2"):
+        if not np.isfinite(np.array(dialogue[key], dtype=float)).all():
+            raise InputError(f"{key} holds what is no finite number; prepare it again")
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def marks_events(dialogue):
+    """Whether any backchannel or interruption is marked in a dialogue. Where none is in a whole
+    data set, its transcripts do not mark them, and every prompt would say 0."""
+    return any(kind for side in (0, 1) for _, kind, _ in segments(dialogue, side))
+
+
+def both_sides(dialogue, tokenizer, fmt):
+    """`streams` of a dialogue from both sides. Raises InputError with the reason if it cannot be
+    used."""
+    check_dialogue(dialogue, fmt)
+    sides = [streams(dialogue, side, tokenizer, fmt) for side in (0, 1)]
+    if None in sides:
+        raise InputError("the text does not fit its frames")
+    return sides
 
 
 class Dialogues(torch.utils.data.Dataset):
     """A split as streams. Item (index, side) is dialogue `index` from the side of speaker `side`.
 
-    Everything is laid out once at the start, so that an epoch costs nothing, and kept in few bytes: 2,000 hours take about
-    3 GB. Dialogues that cannot be laid out are dropped and counted in `dropped`. `lengths`: frames of each that is kept.
+    Everything is laid out once at the start, so that an epoch costs nothing, and kept in few bytes:
+    2,000 hours take about 3 GB.
+    lengths: frames, the delay included, of each dialogue that is kept.
+    dropped: (name, reason) of each that is not.
+    seconds, seconds_used: of the kept dialogues, and what of that lies before max_frames.
+    marked: in how many of them a backchannel or an interruption is marked.
     """
 
     def __init__(self, dialogues, tokenizer, fmt, limit=0):
-        """dialogues: of load_dialogues; limit: only the first so many, 0 for all."""
+        """dialogues: of load_dialogues; limit: only the first so many, 0 for all. Raises InputError
+        if none can be used."""
         self.kept, self.lengths, self.dropped = [], [], []
-        ids = torch.int16 if fmt.codebook_size + 1 < 2 ** 15 else torch.int32
+        self.seconds = self.seconds_used = self.marked = 0
         for dialogue in dialogues.take(limit) if limit else dialogues:
-            check_dialogue(dialogue, fmt)
-            sides = [streams(dialogue, side, tokenizer, fmt) for side in (0, 1)]
-            if None in sides:
-                self.dropped.append(dialogue["soda_index"])
-                continue
-            audio = sides[0]["audio"].to(ids)  # of the other side: the same with the halves exchanged
-            self.kept.append((audio, [(item["prompt"].int(), item["text"].int(), item["speaker"]) for item in sides]))
-            self.lengths.append(audio.shape[1])
+            try:
+                self.keep(dialogue, both_sides(dialogue, tokenizer, fmt), fmt)
+            except InputError as e:
+                self.dropped.append((dialogue_name(dialogue), str(e)))
         if not self.kept:
-            raise InputError(f"none of the {len(self.dropped)} dialogues can be laid out as streams; every segment needs words "
-                             "that fit its frames")
+            first = "dialogue {}: {}".format(*self.dropped[0]) if self.dropped else "it is empty"
+            raise InputError(f"none of the {len(self.dropped)} dialogues can be used; {first}")
+
+    def keep(self, dialogue, sides, fmt):
+        ids = torch.int16 if fmt.codebook_size + 1 < 2 ** 15 else torch.int32
+        audio = sides[0]["audio"].to(ids)  # of the other side: the same with the halves exchanged
+        texts = [(item["prompt"].int(), item["text"].int(), item["speaker"]) for item in sides]
+        shape = len(audio), [len(item["speaker"]) for item in sides]
+        if self.kept and shape != self.shape:
+            raise InputError(f"has {shape[0]} rows of codes and {shape[1]} speaker numbers, the first "
+                             f"one had {self.shape[0]} and {self.shape[1]}; prepare all alike")
+        self.shape = shape
+        self.kept.append((audio, texts))
+        self.lengths.append(audio.shape[1])
+        self.seconds += len(dialogue["dsu_c1_path"][0]) / FRAME_RATE
+        self.seconds_used += (audio.shape[1] - fmt.delay) / FRAME_RATE
+        self.marked += marks_events(dialogue)
 
     def __len__(self):
         return len(self.kept)
@@ -272,59 +539,96 @@ class Dialogues(torch.utils.data.Dataset):
         index, side = key
         audio, sides = self.kept[index]
         prompt, text, speaker = sides[side]
-        return {"prompt": prompt.long(), "audio": audio.roll(side * len(audio) // 2, 0).long(), "text": text.long(),
+        audio = audio.roll(side * len(audio) // 2, 0)  # (2K, T)
+        return {"prompt": prompt.long(), "audio": audio.long(), "text": text.long(),
                 "speaker": speaker}
+
+    def notes(self):
+        """Lines that whoever starts a training should read: what is left out, and why."""
+        lines = []
+        if self.dropped:
+            lines.append(f"{len(self.dropped)} of {len(self.dropped) + len(self)} dialogues are "
+                         "dropped:")
+            lines += [f"  {name}: {reason}" for name, reason in self.dropped[:10]]
+            if len(self.dropped) > 10:
+                lines.append(f"  ... and {len(self.dropped) - 10} more")
+        if self.seconds_used < self.seconds:
+            lines.append(f"{self.seconds_used / 3600:.2f} of {self.seconds / 3600:.2f} hours are "
+                         "used, the rest is behind max_frames")
+        if not self.marked:
+            lines.append(f"no backchannels or interruptions are marked in {len(self)} of {len(self)} "
+                         "dialogues; the prompts all say 0")
+        return lines
 
 
 def stream_items(dialogues, tokenizer, fmt, seed, rank=0, world=1, place=(0, 0, 0)):
-    """An endless stream of items, laid out when asked for, of a split that is too large to be laid out at the start.
+    """An endless stream of items, laid out when asked for, of a split that is too large to be laid
+    out at the start.
 
-    dialogues: of load_dialogues(streaming=True). Every process reads a part of its own: whole files if their number is a
-    multiple of `world`, else every world-th dialogue. An epoch is shuffled in buffers of 1,000; roles alternate as in
-    epoch_batches. Yields (item, place); place: (epoch, dialogues read in it, dialogues dropped so far) of this process.
-    Given back, it goes on behind that item; what was read before in that epoch is read again, but not laid out.
+    dialogues: of load_dialogues(streaming=True). Every process reads a part of its own: whole files
+    if their number is a multiple of `world`, else every world-th dialogue. An epoch is shuffled in
+    buffers of 1,000; roles alternate as in epoch_batches. What cannot be used is dropped; the first
+    ten are named on stderr.
+    Yields (item, place); place: (epoch, dialogues read in it, dialogues dropped so far) of this
+    process. Given back, it goes on behind that item; what was read before in that epoch is read
+    again, but not laid out. Raises InputError if an epoch yields nothing.
     """
     epoch, read, dropped = place
     while True:
-        order = split_dataset_by_node(dialogues.shuffle(seed=seed + epoch, buffer_size=1000), rank, world)
-        useful = bool(read)
-        for dialogue in itertools.islice(order, read, None):  # IterableDataset.skip would skip before it splits
+        shuffled = dialogues.shuffle(seed=seed + epoch, buffer_size=1000)
+        order = split_dataset_by_node(shuffled, rank, world)
+        useful, reason = bool(read), ""
+        for dialogue in itertools.islice(order, read, None):  # .skip would skip before it splits
             read += 1
-            check_dialogue(dialogue, fmt)
+            name = dialogue_name(dialogue)
             first_side = random.Random(f"{seed}/{dialogue['soda_index']}").randrange(2)
-            item = streams(dialogue, (first_side + epoch) % 2, tokenizer, fmt)
-            if item is None:
-                dropped += 1
-            else:
-                useful = True
-                yield item, (epoch, read, dropped)
+            side = (first_side + epoch) % 2
+            try:
+                check_dialogue(dialogue, fmt)
+                item = streams(dialogue, side, tokenizer, fmt)
+                if item is None:
+                    raise InputError("the text does not fit its frames")
+            except InputError as e:
+                dropped, reason = dropped + 1, f"; dialogue {name}: {e}"
+                if dropped <= 10:
+                    print(f"dropped dialogue {name}: {e}", file=sys.stderr)
+                continue
+            useful = True
+            yield item, (epoch, read, dropped)
         if not useful:
-            raise InputError(f"process {rank} of {world} got {read} dialogues, and none can be laid out as streams; use fewer "
-                             "processes or other data")
+            raise InputError(f"process {rank} of {world} got {read} dialogues, and none can be laid "
+                             f"out as streams{reason}; use fewer processes or other data")
         epoch, read = epoch + 1, 0
 
 
 def epoch_batches(lengths, batch_size, epoch, seed):
-    """The order of one epoch: a list of batches, each a list of (index, side), equal for everybody with the same seed.
+    """The order of one epoch: a list of batches, each a list of (index, side), equal for everybody
+    with the same seed. lengths: frames of each dialogue.
 
-    Roles alternate: a dialogue seen from one side in this epoch is seen from the other in the next, which doubles the
-    data (the authors draw one side once, spec 4). Dialogues of like length share a batch, so that little is padding.
-    A last batch that is not full is left out in this epoch.
+    Roles alternate: a dialogue seen from one side in this epoch is seen from the other in the next,
+    which doubles the data (the authors draw one side once). Dialogues of like length share a batch,
+    so that little is padding. A last batch that is not full is left out in this epoch.
     """
+    # sides
     rng = random.Random(seed)
-    first_side = [rng.randrange(2) for _ in lengths]
+    sides = [(rng.randrange(2) + epoch) % 2 for _ in lengths]
+    # buckets: by length, near-ties shuffled
     rng = random.Random(f"{seed}/{epoch}")
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i] + rng.uniform(-8, 8))  # frames: near-ties are shuffled
-    skip = rng.randrange(len(order) % batch_size + 1)  # so that it is not always the longest that are left out
-    batches = [[(i, (first_side[i] + epoch) % 2) for i in order[k:k + batch_size]]
-               for k in range(skip, len(order) - batch_size + 1, batch_size)]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i] + rng.uniform(-8, 8))  # frames
+    # the remainder is left out at both ends, else it would always be the longest
+    skip = rng.randrange(len(order) % batch_size + 1)
+    starts = range(skip, len(order) - batch_size + 1, batch_size)
+    batches = [[(i, sides[i]) for i in order[k:k + batch_size]] for k in starts]
     rng.shuffle(batches)
     return batches
 
 
+# ---- the script ----
+
+
 @dataclass
 class Config:
-    model: str = "default/model"  # whose tokenizer and stream format
+    model: str = "default/model"  # whose tokenizer and stream format: folder or hub id
     data: str = "default/data"
     split: str = "test"
     index: int = 0  # of the dialogue
@@ -333,53 +637,70 @@ class Config:
     out: str = "streams.png"
 
 
+def draw_text(axes, text, tokenizer):
+    """Write a text row (T,) over its frames: pads short and grey, marks red."""
+    short = {SILENCE_PAD: "·", UTTERANCE_PAD: "u", WORD_PAD: "–"}
+    for t, token in enumerate(tokenizer.convert_ids_to_tokens(text.tolist())):
+        label = short.get(token) or tokenizer.decode([text[t]]).strip()
+        colour = "grey" if token in short else "tab:red" if mark_kind(token) else "black"
+        axes.text(t, 0, label, ha="center", va="center", fontsize=8, color=colour,
+                  rotation=0 if len(label) < 4 else 45)
+
+
 def draw_streams(item, tokenizer, fmt, names, begin, path, count=50):
-    """Draw `count` frames of an item of `streams`, from frame `begin` on: the text row and all audio rows."""
+    """Draw `count` frames of an item of `streams`, from frame `begin` on: the text row and all
+    audio rows. names: of system and user."""
     import matplotlib.pyplot as plt
     audio, text = item["audio"][:, begin:begin + count], item["text"][begin:begin + count]
     rows, frames = audio.shape
     fig, (top, ax) = plt.subplots(2, 1, figsize=(17, 4.4), height_ratios=(1.3, rows), sharex=True)
-    for t, token in enumerate(tokenizer.convert_ids_to_tokens(text.tolist())):
-        short = {SILENCE_PAD: "·", UTTERANCE_PAD: "u", WORD_PAD: "–"}.get(token, tokenizer.decode([text[t]]).strip())
-        top.text(t, 0, short, ha="center", va="center", fontsize=8, rotation=0 if len(short) < 4 else 45,
-                 color="grey" if token in (SILENCE_PAD, UTTERANCE_PAD, WORD_PAD) else "tab:red" if token in (BC, INTER)
-                 else "black")
+    draw_text(top, text, tokenizer)
     top.set(ylim=(-1, 1), yticks=[0], yticklabels=[f"{names[0]} (system): text"])
-    ax.imshow(torch.where(audio < fmt.codebook_size, audio, torch.nan), aspect="auto", cmap="viridis",
-              interpolation="nearest")
-    for row in range(rows):
-        for t in range(frames):
-            mark = {fmt.codebook_size: "D", fmt.codebook_size + 1: "E"}.get(int(audio[row, t]), str(int(audio[row, t])))
-            ax.text(t, row, mark, ha="center", va="center", fontsize=6, color="white" if len(mark) > 1 else "black")
+    ax.imshow(torch.where(audio < fmt.codebook_size, audio, torch.nan), aspect="auto",
+              cmap="viridis", interpolation="nearest")
+    special = {fmt.codebook_size: "D", fmt.codebook_size + 1: "E"}
+    for row, codes in enumerate(audio.tolist()):
+        for t, code in enumerate(codes):
+            ax.text(t, row, special.get(code, code), ha="center", va="center", fontsize=6,
+                    color="black" if code in special else "white")
     ax.axhline(rows / 2 - 0.5, color="white", lw=3)
-    ax.set(yticks=range(rows), xlabel="frame (80 ms each): D delay, · silence pad, u utterance pad, – word pad",
-           yticklabels=[f"{names[row * 2 // rows]} ({'system' if 2 * row < rows else 'user'}): codebook "
-                        f"{row % (rows // 2) + 1}" for row in range(rows)],
-           xticks=range(0, frames, 5), xticklabels=range(begin, begin + frames, 5))
+    labels = [f"{name} ({role}): codebook {k + 1}"
+              for name, role in zip(names, ("system", "user")) for k in range(rows // 2)]
+    ax.set(yticks=range(rows), yticklabels=labels, xticks=range(0, frames, 5),
+           xticklabels=range(begin, begin + frames, 5),
+           xlabel="frame (80 ms each): D delay, · silence pad, u utterance pad, – word pad")
     fig.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=80)
+    plt.close(fig)
 
 
 def main(argv):
-    """Print what the model is told about a dialogue, and draw a piece of what it reads and predicts."""
-    from model import load_checkpoint  # model.py reads this file
+    """Print what the model is told about a dialogue, and draw a piece of what it reads and
+    predicts."""
     cfg = load_settings(Config, argv)
-    _, tokenizer, fmt, _ = load_checkpoint(cfg.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        fmt = stored_format(PretrainedConfig.get_config_dict(cfg.model)[0])
+    except Exception as e:  # no network, no such folder, files that are cut off ...
+        raise InputError(f"model={cfg.model}: its tokenizer and config.json cannot be read: "
+                         f"{hub_problem(e)}") from e
     dialogues = load_dialogues(cfg.data, cfg.split)
     if not 0 <= cfg.index < len(dialogues) or cfg.system not in (0, 1):
-        raise InputError(f"index={cfg.index}, system={cfg.system}: {cfg.data} has {len(dialogues)} dialogues in split "
-                         f"'{cfg.split}', each with speakers 0 and 1")
+        raise InputError(f"index={cfg.index}, system={cfg.system}: {cfg.data} has {len(dialogues)} "
+                         f"dialogues in split '{cfg.split}', each with speakers 0 and 1")
     dialogue = dialogues[cfg.index]
-    item = streams(dialogue, cfg.system, tokenizer, fmt)
-    if item is None:
-        raise InputError(f"dialogue {cfg.index} cannot be laid out as streams; its text does not fit its frames")
+    try:
+        item = both_sides(dialogue, tokenizer, fmt)[cfg.system]
+    except InputError as e:
+        raise InputError(f"dialogue {cfg.index} cannot be laid out as streams: {e}") from e
     print(instruction(dialogue, cfg.system, fmt))
-    if not 0 <= cfg.start * FRAME_RATE < item["text"].shape[0]:
-        raise InputError(f"start={cfg.start}: the dialogue lasts {item['text'].shape[0] / FRAME_RATE:.1f} s")
+    if not 0 <= cfg.start * FRAME_RATE < len(item["text"]):
+        raise InputError(f"start={cfg.start}: the dialogue lasts "
+                         f"{len(item['text']) / FRAME_RATE:.1f} s")
     names = [dialogue["speakers"][cfg.system], dialogue["speakers"][1 - cfg.system]]
     draw_streams(item, tokenizer, fmt, names, int(cfg.start * FRAME_RATE), cfg.out)
-    print(f"\n{len(item['prompt'])} prompt tokens, {item['text'].shape[0]} frames; drawn to {cfg.out}")
+    print(f"\n{len(item['prompt'])} prompt tokens, {len(item['text'])} frames; drawn to {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def random_model(cfg, config):
     backbone = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = FActor(backbone, cfg.codebooks, cfg.codebook_size, cfg.speaker_numbers if cfg.speaker_embedding else 0)
     if cfg.checkpointing:
-        model.backbone.gradient_checkpointing_enable()
+        model.recompute_activations()
     return model.train()
 
 

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from config import InputError, hub_problem, load_settings, write_atomically
 from data import (
@@ -32,10 +31,9 @@ from data import (
     StreamFormat,
     collate,
     epoch_batches,
-    instruction,
     load_dialogues,
     made_with,
-    segments,
+    new_tokenizer,
     stream_items,
 )
 from model import load_checkpoint, new_model, save_checkpoint
@@ -54,7 +52,7 @@ class Config:
     codebook_size: int = 4032
     alignment: str = "word"  # text stream: word | utterance | none
     delay: int = 2  # frames by which text leads audio
-    behaviour_tokens: bool = False  # [BC] and [INTER] in the text stream
+    behaviour_tokens: str = "none"  # marks before events: none | plain | count_up | count_down
     max_frames: int = 2048
     rewritten_narrative: bool = True  # False: the plain narrative, which tells who starts
     # model: `init` (an F-Actor checkpoint), `backbone` (a causal LM, its weights unless random_weights), or a new Llama
@@ -73,6 +71,7 @@ class Config:
     first_frame: bool = True  # the authors: False
     prompt_text: bool = False  # the authors: True
     listening_weight: float = 1.0  # of the text where the system is silent and may speak up
+    text_weight: float = 1.0  # 1: the paper's
     # optimisation
     batch_size: int = 1  # dialogues per process and forward pass
     accumulation: int = 8  # forward passes per step
@@ -87,24 +86,6 @@ class Config:
     save_dtype: str = "float32"  # of best/ and last/: float32 | bfloat16
     patience: int = 10  # evaluations without a better validation loss before stopping
     seed: int = 0
-
-
-def new_tokenizer(dialogues, vocab_size, fmt):
-    """A byte-level BPE tokenizer learnt on the dialogues' prompts and (lower-cased) words."""
-    def texts():
-        for dialogue in dialogues.remove_columns(["dsu_c2_path"]):  # less to read
-            for side in (0, 1):
-                yield instruction(dialogue, side, fmt)
-                for segment, _, _ in segments(dialogue, side):
-                    yield " ".join(word["word"].lower() for word in segment["words"] or [])
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts(), trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|begin_of_text|>", "<|eot_id|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
 
 
 def gguf_file(name):
@@ -184,7 +165,8 @@ def losses_of(network, batch, cfg, bf16, silence_pad=None):
     with torch.autocast(batch["audio"].device.type, torch.bfloat16, enabled=bf16):
         hidden = network(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"], batch["speaker"],
                          batch["prompt_mask"])
-        return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text, cfg.listening_weight, silence_pad)
+        return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text, cfg.listening_weight, silence_pad,
+                          cfg.text_weight)
 
 
 def learning_rate(step, cfg):
@@ -228,7 +210,7 @@ def main(argv):
     model, tokenizer = build(cfg, fmt, opened)
     model.to(device)
     if cfg.checkpointing:
-        model.backbone.gradient_checkpointing_enable()
+        model.recompute_activations()
     val = Dialogues(load_dialogues(cfg.data, cfg.val_split, cfg.streaming), tokenizer, fmt, cfg.limit)
     train = None if cfg.streaming else Dialogues(opened, tokenizer, fmt, cfg.limit)
     global_batch = cfg.batch_size * world  # dialogues of one forward pass over all processes

@@ -15,7 +15,7 @@ import memory
 import train
 from codec import MiniCodec, save_minicodec
 from config import InputError
-from data import StreamFormat, load_dialogues
+from data import StreamFormat, load_dialogues, new_tokenizer
 from model import load_checkpoint
 
 BEST = ROOT / "configs" / "factor.yaml"
@@ -27,7 +27,7 @@ ALONE = [BEST, ROOT / "configs" / "nano.yaml", ROOT / "configs" / "smollm2.yaml"
 def backbone(tmp_path_factory, tiny_data):
     """A tiny random Llama with a tokenizer, as a folder of transformers."""
     folder = tmp_path_factory.mktemp("backbone")
-    tokenizer = train.new_tokenizer(load_dialogues(tiny_data, "train"), 600, StreamFormat())
+    tokenizer = new_tokenizer(load_dialogues(tiny_data, "train"), 600, StreamFormat())
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(

@@ -146,12 +146,12 @@ def test_bad_codes(dialogues, message, change):
         check_dialogue(broken(dialogues[0], **change), FORMAT)
 
 
-def test_word_outside_its_utterance(dialogues, tokenizer):
+def test_word_outside_its_utterance(dialogues):
     def shift(utterances):
         utterances[1]["words"][0]["start"] -= 1
         return utterances
     with pytest.raises(InputError, match="lies outside its utterance"):
-        streams(broken(dialogues[0], utterances=shift), 1, tokenizer, FORMAT)
+        check_dialogue(broken(dialogues[0], utterances=shift), FORMAT)
 
 
 def test_bad_data_sets(tmp_path, dialogues):
