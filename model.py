@@ -92,14 +92,9 @@ class FActor(nn.Module):
             inputs_embeds=x, attention_mask=mask, position_ids=positions,
             use_cache=cache is not None, **{self.cache_argument: cache}).last_hidden_state
 
-    def audio_logits(self, hidden, rows=None):
-        """hidden (..., hidden) -> (..., 2K, C+2): system codebooks first, then the user's; or only
-        the first `rows` of them."""
-        rows = rows or 2 * self.num_codebooks
-        width = self.codebook_size + 2
-        logits = F.linear(hidden, self.dsu_head.weight[:rows * width],
-                          self.dsu_head.bias[:rows * width])
-        return logits.unflatten(-1, (rows, width))
+    def audio_logits(self, hidden):
+        """hidden (..., hidden) -> (..., 2K, C+2): system codebooks first, then the user's."""
+        return self.dsu_head(hidden).unflatten(-1, (2 * self.num_codebooks, self.codebook_size + 2))
 
     def text_logits(self, hidden):
         """hidden (..., hidden) -> (..., vocabulary), through the backbone's tied head."""
@@ -130,13 +125,15 @@ class FActor(nn.Module):
         Returns a dict of scalars: loss, and its parts audio_system, audio_user, text. Every one is
         averaged over an item's real positions, then over the batch.
         """
-        rows = 2 * self.num_codebooks if user_weight else self.num_codebooks
+        rows = 2 * self.num_codebooks if user_weight else self.num_codebooks  # the system's first
+        outputs = rows * (self.codebook_size + 2)
         target = batch["audio"][:, :rows].transpose(1, 2)  # (B, T, rows)
         frames = hidden[:, -target.shape[1]:]  # (B, T, hidden): position t predicts frame t
         audio_mask = batch["frame_mask"].clone()
         audio_mask[:, 0] &= first_frame
 
-        ce = cross_entropy(lambda h: self.audio_logits(h, rows), frames, target)  # (B, T, rows)
+        ce = cross_entropy(frames, self.dsu_head.weight[:outputs], self.dsu_head.bias[:outputs],
+                           target)  # (B, T, rows)
         system = masked_mean(ce[..., :self.num_codebooks].mean(-1), audio_mask)
         user = masked_mean(ce[..., self.num_codebooks:].mean(-1), audio_mask)
         audio = (system + user_weight * user) / (1 + user_weight) if user_weight else system
@@ -162,7 +159,8 @@ class FActor(nn.Module):
                            else prompt_mask[:, unseen:])
             target = torch.cat([prompt, target], 1)
             mask = torch.cat([prompt_mask, mask], 1)
-        ce = cross_entropy(self.text_logits, hidden[:, -target.shape[1]:], target)
+        head = self.backbone.get_output_embeddings()
+        ce = cross_entropy(hidden[:, -target.shape[1]:], head.weight, head.bias, target)
         return masked_mean(ce, mask), ce[:, -num_frames:]
 
 
@@ -183,21 +181,19 @@ def listening_loss(text_ce, batch, silence_pad):
     return masked_mean(text_ce * listening, text_mask(batch))
 
 
-def cross_entropy(head, hidden, target):
-    """Cross-entropy in nats, (B, T) or (B, T, R) as `target` is, of the logits `head(hidden)`,
-    (N, V) or (N, R, V) for (N, hidden).
+def cross_entropy(hidden, weight, bias, target):
+    """Cross-entropy in nats, (B, T) or (B, T, R) as `target` is, of the logits of a linear layer on
+    hidden (B, T, hidden), whose outputs are the R rows' logits one behind the other.
 
     Large logits are never held all at once: they are computed in pieces of positions, and each
     piece's again in the backward pass.
     """
     def piece(hidden, target):
-        logits = head(hidden).flatten(0, -2).float()
-        return F.cross_entropy(logits, target.flatten(), reduction="none").view_as(target)
+        logits = F.linear(hidden, weight, bias).view(target.numel(), -1)  # (N R, V)
+        return F.cross_entropy(logits.float(), target.flatten(), reduction="none").view_as(target)
 
     flat, flat_target = hidden.flatten(0, 1), target.flatten(0, 1)  # (B T, ...)
-    with torch.no_grad():
-        width = head(flat[:1]).numel()  # logits of a position
-    positions = max(1, LOGITS_AT_ONCE // width)
+    positions = max(1, LOGITS_AT_ONCE // len(weight))
     if len(flat) <= positions:
         return piece(flat, flat_target).view_as(target)
     pieces = zip(flat.split(positions), flat_target.split(positions))
