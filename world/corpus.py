@@ -1,15 +1,18 @@
-"""Make a small Behavior-SD: dialogues of two, composed of recorded sentences (bank.py), every word time known exactly.
+"""Make a small Behavior-SD: dialogues of two, composed of recorded sentences, every word time
+known.
 
-    python -m world.corpus hours=200 out=runs/world                # in codes, as prepare.py writes them; minutes
-    python -m world.corpus hours=1 audio=runs/bank out=corpus      # the same dialogues as stereo recordings with a JSON each
-    python -m world.corpus bank out=runs/bank                      # speak every sentence of world/situations.yaml
-    python -m world.corpus encode bank=runs/bank codec=FILE out=default/bank.safetensors    # the bank in codes, for the first
-    python -m world.corpus compare audio=runs/bank codec=FILE      # codes composed against codes of the composed audio
+    python -m world.corpus hours=200 out=runs/world            # in codes, as prepare.py writes them
+    python -m world.corpus hours=1 audio=runs/bank out=corpus  # as stereo recordings, a JSON each
+    python -m world.corpus bank out=runs/bank                  # speak every sentence there is
+    python -m world.corpus encode bank=runs/bank codec=FILE out=default/bank.safetensors
+    python -m world.corpus compare audio=runs/bank codec=FILE  # composed codes against coded audio
 
-What people say is in world/situations.yaml. A dialogue is put together frame by frame (80 ms): sentences of a turn one after
-another, turns with small gaps or overlaps, interruptions that stop the other at a word's end, backchannels inside the other's
-turn. Dialogue i depends on (seed, i) alone, so that more hours later extend the set, and both forms hold the same dialogues.
-In codes nothing is synthesised or encoded: a dialogue takes milliseconds. `bank` and `encode` need requirements-corpus.txt.
+What people say is in world/situations.yaml, the clips that are spoken of it in world/bank.py. A
+dialogue is put together frame by frame (80 ms): sentences of a turn one after another, turns with
+small gaps or overlaps, interruptions that stop the other at a word's end, backchannels inside the
+other's turn. In codes nothing is synthesised or encoded: a dialogue takes milliseconds. Dialogue i
+depends on (seed, i) alone, so that more hours later extend the set, and both forms hold the same.
+`bank`, `encode` and the speaker embeddings need requirements-corpus.txt.
 """
 import functools
 import hashlib
@@ -39,23 +42,23 @@ MEAN_SECONDS = 26.0  # of a dialogue; turns hours into a number of dialogues
 SHORTEST, LONGEST = 18.0, 34.0  # seconds of a dialogue
 TURNS = (7, 10)  # turns of a dialogue, both included, if its situation has as many
 
-# Chances and seconds that are drawn anew for each dialogue
+# chances, and seconds from-to, drawn anew for each dialogue
 BIASED = 0.2  # of dialogues: who is named first in the narrative also speaks first
 FILLER = 0.2  # chance of a filler before a turn, times the speaker's level 0, 1 or 2
 CUT_IN = 0.4  # chance that an interrupting turn opens with one of the cut-ins
-MOST_BACKCHANNELS, MOST_INTERRUPTIONS, MOST_FILLERS = 5, 2, 2  # of a speaker
+MOST = {"fillers": 2, "backchannels": 5, "interruptions": 2}  # of a speaker
 BEGIN, END = (0.15, 0.6), (0.2, 0.6)  # before the first word, after the last one
 BETWEEN_SENTENCES = 3  # frames: pauses inside a turn are shorter, besides what the clips hold
-SMALL_OVERLAP, SMALL_OVERLAP_CHANCE = (0.05, 0.25), 0.15  # too short for an interruption (turns.INTERRUPTION)
+SMALL_OVERLAP, SMALL_OVERLAP_CHANCE = (0.05, 0.25), 0.15  # not as long as turns.INTERRUPTION
 LONG_GAP, LONG_GAP_CHANCE = (0.6, 1.0), 0.1
 GAP, GAP_SHAPE, GAP_SCALE = 0.03, 3, 0.09  # else 0.03 s + gamma(3, 0.09 s)
 INTERRUPTING_OVERLAP = (0.55, 0.9)
-HEARD = (1.7, 2.6)  # an interrupted turn is heard for as long at least; the second if it interrupts itself
+HEARD = (1.7, 2.6)  # at least, of an interrupted turn; the second if it interrupts itself
 LONG_TURN = 9  # words a turn needs to be interrupted
-APART = 0.65  # around a backchannel in its own channel; words closer than turns.SPLIT are one segment
+APART = 0.65  # around a backchannel in its own channel: more than turns.SPLIT
 INSIDE = 0.3  # of the other's turn before and after a backchannel
-WEAK = set("a an the to of in on at for with and or but my your our his her their is are was were be i you we they "
-           "it's i'm that this some so if as by from very really not no it".split())
+WEAK = set("a an the to of in on at for with and or but my your our his her their is are was be i "
+           "you we they it's i'm that this some so if as by from very really not no it".split())
 
 
 @dataclass
@@ -95,8 +98,11 @@ class CompareSettings:
     situations: str = str(Path(__file__).with_name("situations.yaml"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is said
+
+
+ALWAYS = ("openings", "fillers", "cut_ins", "backchannels")  # said in every situation
 
 
 def alternatives(text):
@@ -109,26 +115,28 @@ def sentences_of(text):
 
 @functools.cache
 def read_situations(path):
-    """world/situations.yaml as a dict: names, openings, fillers, cut_ins, backchannels (lists of str), situations (name ->
-    slots, narrative, ask, tell, turns, test_only; lists of alternatives). Raises InputError on a file that is odd."""
+    """world/situations.yaml as a dict: names, openings, fillers, cut_ins, backchannels (lists of
+    str), situations (name -> slots, narrative, ask, tell, turns, test_only; lists of
+    alternatives). Raises InputError on a file that is odd."""
     try:
         raw = yaml.safe_load(read_text(path))
 
         def slots(values):
             return {key: text.split(", ") for key, text in values.items()}
         world = {"names": raw["names"].split(), "situations": {}}
-        world |= {key: alternatives(raw[key]) for key in ("openings", "fillers", "cut_ins", "backchannels")}
+        world |= {key: alternatives(raw[key]) for key in ALWAYS}
         for name, s in raw["situations"].items():
             world["situations"][name] = {
                 "slots": slots(raw.get("slots") or {}) | slots(s.get("slots") or {}),
                 "narrative": alternatives(s["narrative"]), "ask": alternatives(s["ask"]),
-                "tell": alternatives(s["tell"]), "turns": [alternatives(turn) for turn in s["turns"]],
+                "tell": alternatives(s["tell"]),
+                "turns": [alternatives(turn) for turn in s["turns"]],
                 "test_only": s.get("test_only", False)}
     except yaml.YAMLError as e:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     except (KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{path}: a situation needs narrative, ask, tell and turns as text (see the top of "
-                         f"world/situations.yaml); trouble with {e}") from e
+        raise InputError(f"{path}: a situation needs narrative, ask, tell and turns as text (see "
+                         f"the top of world/situations.yaml); trouble with {e}") from e
     if len({s["test_only"] for s in world["situations"].values()}) < 2:
         raise InputError(f"{path}: needs situations with and without test_only")
     return world
@@ -144,7 +152,8 @@ def fill(template, slots):
 def narrate(template, slots, you=None):
     """The narrative from outside (you=None) or with role `you` ("A" or "B") as "you".
 
-    In templates: $A, $A's, `$A was`, and $A_they, $A_their, $A_them, written with past tense so that verbs agree.
+    In templates: $A, $A's, `$A was`, and $A_they, $A_their, $A_them, written with past tense so
+    that verbs agree.
     """
     if you:
         template = re.sub(rf"\${you}'s|\${you}_their", "your", template)
@@ -154,9 +163,10 @@ def narrate(template, slots, you=None):
 
 
 def every_sentence(world, where="the situations"):
-    """All sentences that can be said, slots filled, sorted: what the bank holds. where: for an InputError's line."""
+    """All sentences that can be said, slots filled, sorted: what the bank holds. where: for an
+    InputError's line."""
     names = {key: world["names"] for key in ("other", "A", "B")}
-    lines = [(text, names) for key in ("openings", "fillers", "cut_ins", "backchannels") for text in world[key]]
+    lines = [(text, names) for key in ALWAYS for text in world[key]]
     for situation in world["situations"].values():
         for line in (situation["ask"], situation["tell"], *situation["turns"]):
             lines += [(text, situation["slots"] | names) for text in line]
@@ -165,15 +175,17 @@ def every_sentence(world, where="the situations"):
         for sentence in sentences_of(text):
             used = sorted(set(re.findall(r"\$(\w+)", sentence)))
             if unknown := [key for key in used if key not in slots]:
-                raise InputError(f"{where}: {sentence!r} has no slot called {unknown[0]}; add it to slots")
+                raise InputError(f"{where}: {sentence!r} has no slot called {unknown[0]}; add it "
+                                 "to slots")
             for values in itertools.product(*(slots[key] for key in used)):
                 found.add(fill(sentence, dict(zip(used, values))))
     return sorted(found)
 
 
 def split_of(i):
-    """Which split dialogue i belongs to. Test: 20 of the first 40, so that small sets have some, then a twentieth up to
-    5,000; validation: a twentieth up to 5,000; large sets need no more, and the rest is training."""
+    """Which split dialogue i belongs to. Test: 20 of the first 40, so that small sets have some,
+    then a twentieth up to 5,000; validation: a twentieth up to 5,000; large sets need no more,
+    and the rest is training."""
     if i >= 5000:
         return "train"
     if i % 20 == 1:
@@ -193,37 +205,48 @@ def plan(rng, split, world):
     """Everything about a dialogue that a redraw of its texts must not change."""
     held_out = split == "test" and rng.random() < 0.5
     situations = world["situations"]
-    name = draw(rng, sorted(n for n, s in situations.items() if s["test_only"] == held_out))
+    name = draw(rng, sorted(key for key, s in situations.items() if s["test_only"] == held_out))
     role_of = draw(rng, ("AB", "BA"))  # role of speakers[0], role of speakers[1]
     biased = bool(rng.random() < BIASED)
     template = draw(rng, situations[name]["narrative"])
     first_named = re.search(r"\$([AB])", template)[1]
     starter = role_of.index(first_named) if biased else int(rng.integers(2))
-    speakers = [world["names"][k] for k in rng.choice(len(world["names"]), 2, replace=False)]
     voices = [sorted(VOICES)[k] for k in rng.choice(len(VOICES), 2, replace=False)]
+    names = {"male": world["names"][:len(world["names"]) // 2],
+             "female": world["names"][len(world["names"]) // 2:]}
+    speakers = []
+    for voice in voices:
+        speakers.append(draw(rng, [n for n in names[VOICES[voice]] if n not in speakers]))
     slots = {key: draw(rng, values) for key, values in sorted(situations[name]["slots"].items())}
-    slots |= {role: speakers[k] for k, role in enumerate(role_of)} | {"other": speakers[1 - starter]}
-    levels = {"fillers": MOST_FILLERS, "backchannels": MOST_BACKCHANNELS, "interruptions": MOST_INTERRUPTIONS}
-    return {"situation": name, "role_of": role_of, "biased": biased, "template": template, "starter": starter,
-            "speakers": speakers, "voices": voices, "slots": slots,
-            **{key: [int(n) for n in rng.integers(0, most + 1, 2)] for key, most in levels.items()}}
+    slots |= dict(zip(role_of, speakers)) | {"other": speakers[1 - starter]}
+    p = {"situation": name, "role_of": role_of, "biased": biased, "template": template,
+         "starter": starter, "speakers": speakers, "voices": voices, "slots": slots}
+    for kind, most in MOST.items():
+        p[kind] = rng.integers(0, most + 1, 2).tolist()
+    return p
 
 
 def choose_interruptions(rng, turns, counts):
-    """The set of turns that interrupt the one before: `counts` of each speaker. Rather not one who interrupts."""
-    options = [[k for k in range(1, len(turns)) if turns[k][0] == speaker
-                and sum(len(sentence.split()) for sentence in turns[k - 1][1]) >= LONG_TURN] for speaker in (0, 1)]
-    if any(len(own) < n for own, n in zip(options, counts)):
+    """The set of turns that interrupt the one before: `counts` of each speaker. Rather not one
+    who interrupts."""
+    options = ([], [])
+    for k in range(1, len(turns)):
+        if sum(len(sentence.split()) for sentence in turns[k - 1][1]) >= LONG_TURN:
+            options[turns[k][0]].append(k)
+    if any(len(own) < count for own, count in zip(options, counts)):
         raise Redraw
     for _ in range(10):
-        cuts = {int(k) for own, n in zip(options, counts) for k in rng.choice(own, n, replace=False)}
+        cuts = set()
+        for own, count in zip(options, counts):
+            cuts |= set(rng.choice(own, count, replace=False).tolist())
         if not any(k + 1 in cuts for k in cuts):
             break
     return cuts
 
 
 def write_turns(rng, p, world):
-    """Turns [(speaker 0/1, [sentence, ...])] of the dialogue and the set of those that interrupt the one before."""
+    """Turns [(speaker 0/1, [sentence, ...])] of the dialogue and the set of those that interrupt
+    the one before."""
     situation = world["situations"][p["situation"]]
     opens = [] if p["role_of"][p["starter"]] == "A" else [situation["ask"]]
     lines = [*opens, situation["tell"], *situation["turns"]]
@@ -231,9 +254,12 @@ def write_turns(rng, p, world):
     turns = []
     for k, line in enumerate(lines):
         speaker = (p["starter"] + k) % 2
-        filler = [draw(rng, world["fillers"])] if rng.random() < FILLER * p["fillers"][speaker] else []
-        said = [*filler, *sentences_of(fill(draw(rng, line), p["slots"]))]
-        turns.append((speaker, [fill(draw(rng, world["openings"]), p["slots"]), *said] if k == 0 else said))
+        said = sentences_of(fill(draw(rng, line), p["slots"]))
+        if rng.random() < FILLER * p["fillers"][speaker]:
+            said.insert(0, draw(rng, world["fillers"]))
+        if k == 0:
+            said.insert(0, fill(draw(rng, world["openings"]), p["slots"]))
+        turns.append((speaker, said))
     cuts = choose_interruptions(rng, turns, p["interruptions"])
     for k in sorted(cuts):
         if rng.random() < CUT_IN:
@@ -241,9 +267,9 @@ def write_turns(rng, p, world):
     return turns, cuts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# When it is said. A `said` is (pieces, words): pieces [(voice, text, first frame, frames)] of clips, words [[word with its
-# punctuation, start, end]] in seconds, both from the begin of the first clip
+# --------------------------------------------------------------------------------------------------
+# When it is said. A `said` is (pieces, words): pieces [(voice, text, first frame, frames)] of
+# clips, words [[word with its punctuation, start, end]] in seconds, from the first clip's begin
 
 
 def join(rng, clips, voice, sentences):
@@ -261,7 +287,8 @@ def join(rng, clips, voice, sentences):
 def stop_early(rng, said, shortest):
     """`said`, stopped at a word's end past its half, heard for at least `shortest` seconds.
 
-    Clips are cut between frames, so a word is best whose last frame has little of the next word in it.
+    Clips are cut between frames, so a word is best whose last frame has little of the next word
+    in it.
     """
     pieces, words = said
     fits = []
@@ -272,12 +299,14 @@ def stop_early(rng, said, shortest):
     if not fits:
         raise Redraw
     _, last, stop = sorted(fits)[rng.integers(min(2, len(fits)))]
-    pieces = [(voice, text, at, min(frames, stop - at)) for voice, text, at, frames in pieces if at < stop]
-    return pieces, words[:last + 1]
+    kept = [(voice, text, at, min(frames, stop - at)) for voice, text, at, frames in pieces
+            if at < stop]
+    return kept, words[:last + 1]
 
 
 def draw_gap(rng):
-    """Seconds from a turn's last word to the next turn's first one; below 0 they overlap a little."""
+    """Seconds from a turn's last word to the next turn's first one; below 0 they overlap a
+    little."""
     kind = rng.random()
     if kind < SMALL_OVERLAP_CHANCE:
         return -rng.uniform(*SMALL_OVERLAP)
@@ -293,8 +322,8 @@ def first_frame(said, start):
 
 def segment(said, at):
     """The columns of a segment whose clips begin at frame `at`."""
-    words = [{"word": token.strip(".,?!"), "start": round(start + at * SECONDS, 4), "dur": round(end - start, 4)}
-             for token, start, end in said[1]]
+    words = [{"word": token.strip(".,?!"), "start": round(start + at * SECONDS, 4),
+              "dur": round(end - start, 4)} for token, start, end in said[1]]
     return {"tts_text": " ".join(token for token, _, _ in said[1]), "start_time": words[0]["start"],
             "end_time": round(words[-1]["start"] + words[-1]["dur"], 4), "words": words}
 
@@ -311,8 +340,8 @@ def place_turns(rng, p, turns, cuts, clips):
             gap = -rng.uniform(*INTERRUPTING_OVERLAP) if k in cuts else draw_gap(rng)
             start = utterances[-1]["end_time"] + gap
         at = first_frame(said, start)
-        u = {"uttr_idx": k, "uttr_type": None, "speaker_idx": speaker, "speaker": p["speakers"][speaker],
-             **segment(said, at), "backchannels": []}
+        u = {"uttr_idx": k, "uttr_type": None, "speaker_idx": speaker,
+             "speaker": p["speakers"][speaker], **segment(said, at), "backchannels": []}
         if k in cuts:
             u["uttr_type"] = "interrupt"
         elif k + 1 in cuts:
@@ -322,20 +351,25 @@ def place_turns(rng, p, turns, cuts, clips):
         if k in cuts and u["end_time"] < utterances[-1]["end_time"] + 0.2:
             raise Redraw
         utterances.append(u)
-        placed += [(speaker, voice, text, at + first, frames) for voice, text, first, frames in said[0]]
+        placed += [(speaker, voice, text, at + first, frames)
+                   for voice, text, first, frames in said[0]]
     return utterances, placed
 
 
 def backchannel_spots(utterances, speaker):
-    """Where `speaker` may begin a backchannel: [(weight, utterance, second, latest end)], at word ends of the other's turns,
-    away from the speaker's own words."""
+    """Where `speaker` may begin a backchannel: [(weight, utterance, second, latest end)], at word
+    ends of the other's turns, away from the speaker's own words."""
     spots = []
     own = [u for u in utterances if u["speaker_idx"] == speaker]
     for k, u in enumerate(utterances):
         if u["speaker_idx"] == speaker:
             continue
-        low = max([u["start_time"] + INSIDE] + [o["end_time"] + APART for o in own if o["uttr_idx"] < k])
-        high = min([u["end_time"] - INSIDE] + [o["start_time"] - APART for o in own if o["uttr_idx"] > k])
+        low, high = u["start_time"] + INSIDE, u["end_time"] - INSIDE
+        for o in own:
+            if o["uttr_idx"] < k:
+                low = max(low, o["end_time"] + APART)
+            else:
+                high = min(high, o["start_time"] - APART)
         for token, word in zip(u["tts_text"].split(), u["words"]):
             weight = 3.0 if token[-1] in ",.?!" else 0.1 if token.lower() in WEAK else 1.0
             if low <= (end := word["start"] + word["dur"]) < high:
@@ -343,43 +377,55 @@ def backchannel_spots(utterances, speaker):
     return spots
 
 
+def first_fit(said, spots, taken):
+    """Where a backchannel goes: the first of `spots` that is not near those in `taken` [(start,
+    end)] -> (utterance, first frame, its segment). Redraw if there is none."""
+    for _, k, second, latest in spots:
+        at = math.ceil((second - said[1][0][1]) / SECONDS)
+        part = segment(said, at)
+        clear = all(part["start_time"] > end + APART or part["end_time"] < start - APART
+                    for start, end in taken)
+        if clear and part["end_time"] <= latest:
+            return k, at, part
+    raise Redraw
+
+
 def place_backchannels(rng, p, utterances, speaker, world, clips):
-    """Adds the speaker's backchannels, all of different words, to the utterances they answer; returns their pieces."""
-    texts = [world["backchannels"][k] for k in
-             rng.choice(len(world["backchannels"]), p["backchannels"][speaker], replace=False)]
-    spots, taken, pieces = backchannel_spots(utterances, speaker), [], []
-    # in the order of weighted drawing without replacement (Efraimidis and Spirakis 2006)
-    order = sorted(range(len(spots)), key=lambda n: -rng.random() ** (1 / spots[n][0]))
-    for text in texts:
-        said = join(rng, clips, p["voices"][speaker], [text])
-        for _, k, second, latest in (spots[n] for n in order):
-            at = math.ceil((second - said[1][0][1]) / SECONDS)
-            part = segment(said, at)
-            clear = all(part["start_time"] > end + APART or part["end_time"] < start - APART for start, end in taken)
-            if clear and part["end_time"] <= latest:
-                break
-        else:
-            raise Redraw
+    """Adds the speaker's backchannels, all of different words, to the utterances they answer;
+    returns their pieces."""
+    numbers = rng.choice(len(world["backchannels"]), p["backchannels"][speaker], replace=False)
+    # the order of weighted drawing without replacement (Efraimidis and Spirakis 2006)
+    spots = sorted(backchannel_spots(utterances, speaker),
+                   key=lambda spot: -rng.random() ** (1 / spot[0]))
+    taken, pieces = [], []
+    for number in numbers:
+        said = join(rng, clips, p["voices"][speaker], [world["backchannels"][number]])
+        k, at, part = first_fit(said, spots, taken)
         taken.append((part["start_time"], part["end_time"]))
         utterances[k]["backchannels"].append(part)
-        pieces.append((speaker, *said[0][0][:2], at, said[0][0][3]))
+        voice, text, _, frames = said[0][0]
+        pieces.append((speaker, voice, text, at, frames))
     return pieces
 
 
 def check_events(utterances, p):
-    """Redraw unless what turns.py counts on the word times is what was asked, and each part is one segment."""
+    """Redraw unless what turns.py counts on the word times is what was asked, and each part is
+    one segment."""
     words = [[], []]
     for u in utterances:
-        for speaker, part in [(u["speaker_idx"], u)] + [(1 - u["speaker_idx"], b) for b in u["backchannels"]]:
+        parts = [(u["speaker_idx"], u)] + [(1 - u["speaker_idx"], b) for b in u["backchannels"]]
+        for speaker, part in parts:
             words[speaker] += [w | {"end": w["start"] + w["dur"]} for w in part["words"]]
     segments = label_segments(merge_words(words))
-    parts = len(utterances) + sum(p["backchannels"])
-    if count_events(segments) != [list(n) for n in zip(p["backchannels"], p["interruptions"])] or len(segments) != parts:
+    asked = [list(counts) for counts in zip(p["backchannels"], p["interruptions"])]
+    whole = len(segments) == len(utterances) + sum(p["backchannels"])
+    if count_events(segments) != asked or not whole:
         raise Redraw
 
 
 def compose(rng, p, world, clips):
-    """One attempt at a dialogue -> (dict of the raw columns, pieces, frames); Redraw if it does not fit."""
+    """One attempt at a dialogue -> (dict of the raw columns, pieces, frames); Redraw if it does
+    not fit."""
     turns, cuts = write_turns(rng, p, world)
     utterances, pieces = place_turns(rng, p, turns, cuts, clips)
     end = max(u["end_time"] for u in utterances)
@@ -396,18 +442,20 @@ def compose(rng, p, world, clips):
 
 def describe(p, utterances):
     """The columns of a dialogue besides its number, codes and embeddings."""
-    means = [np.mean([len(u["words"]) for u in utterances if u["speaker_idx"] == k]) for k in (0, 1)]
+    behaviors = []
+    for k in (0, 1):
+        mean = np.mean([len(u["words"]) for u in utterances if u["speaker_idx"] == k])
+        behaviors.append({"utterance_length": int(mean >= 10) + int(mean >= 13),
+                          "filler_words": p["fillers"][k], "backchannels": p["backchannels"][k],
+                          "interruptions": p["interruptions"][k]})
     return {
         "narrative": narrate(p["template"], p["slots"]),
         "new_narrative_s1": narrate(p["template"], p["slots"], p["role_of"][0]),
         "new_narrative_s2": narrate(p["template"], p["slots"], p["role_of"][1]),
-        "speakers": p["speakers"],
-        "behaviors": [{"utterance_length": int(mean >= 10) + int(mean >= 13), "filler_words": p["fillers"][k],
-                       "backchannels": p["backchannels"][k], "interruptions": p["interruptions"][k]}
-                      for k, mean in enumerate(means)],
+        "speakers": p["speakers"], "behaviors": behaviors,
         "num_turns": len(utterances), "utterances": utterances, "tts_speaker_ids": p["voices"],
         "tts_genders": [VOICES[voice] for voice in p["voices"]],
-        "statistics": {"num_backchannels": p["backchannels"], "num_interruptions": p["interruptions"]},
+        "statistics": {f"num_{kind}": p[kind] for kind in ("backchannels", "interruptions")},
         "situation": p["situation"], "starter": p["starter"], "biased_narrative": p["biased"]}
 
 
@@ -416,25 +464,27 @@ def make_dialogue(seed, i, world, clips):
     asked = {}
     for redraw in range(20):
         p = plan(np.random.default_rng([seed, i, 0, redraw]), split_of(i), world)
-        # many events in short turns may not fit: then another situation, but the same counts, which stay uniform
+        # many events may not fit in short turns: then another situation, but the same counts
         asked = asked or {key: p[key] for key in ("backchannels", "interruptions")}
         p |= asked
         for attempt in range(1, 51):
             try:
-                info, pieces, frames = compose(np.random.default_rng([seed, i, attempt, redraw]), p, world, clips)
+                rng = np.random.default_rng([seed, i, attempt, redraw])
+                info, pieces, frames = compose(rng, p, world, clips)
                 return {"soda_index": i, "file_name": f"{i:06d}", **info}, pieces, frames
             except Redraw:
                 pass
-    raise InputError(f"situation '{p['situation']}' and others: no draw gave a dialogue of {SHORTEST:.0f}-{LONGEST:.0f} s "
-                     f"that holds {asked}; lengthen the situations' turns")
+    raise InputError(f"situation '{p['situation']}' and others: no draw gave a dialogue of "
+                     f"{SHORTEST:.0f}-{LONGEST:.0f} s that holds {asked}; lengthen their turns")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # How it sounds: in codes or as audio
 
 
 def codes_of(pieces, frames, coded):
-    """Pieces of a dialogue -> its codes (2, K, frames); where nobody speaks, the codec's code of silence."""
+    """Pieces of a dialogue -> its codes (2, K, frames); where nobody speaks, the codec's code of
+    silence."""
     codes = np.tile(coded["silence"][None, :, None], (2, 1, frames))
     for speaker, voice, text, at, length in pieces:
         codes[speaker, :, at:at + length] = coded["clips"][voice, text]["codes"][:, :length]
@@ -442,7 +492,8 @@ def codes_of(pieces, frames, coded):
 
 
 def audio_of(pieces, frames, clips):
-    """Pieces of a dialogue -> (audio (2, frames * 1764) int16, phones of both channels [[phone, start, duration]])."""
+    """Pieces of a dialogue -> (audio (2, frames * 1764) int16, phones of both channels [[phone,
+    start, duration]])."""
     audio, phones = np.zeros((2, frames * FRAME), np.int16), [[], []]
     ramp = np.linspace(1, 0, round(FADE * RATE))
     for speaker, voice, text, at, length in pieces:
@@ -464,41 +515,52 @@ def audio_clips(folder):
 
 
 def record_dialogue(i, settings):
-    """Writes dialogue i as FLAC and JSON; the JSON comes last, so that it means a whole dialogue. Returns its seconds."""
+    """Writes dialogue i as FLAC and JSON; the JSON comes last, so that it means a whole dialogue.
+    Returns its seconds."""
     clips = audio_clips(settings.audio)
-    info, pieces, frames = make_dialogue(settings.seed, i, read_situations(settings.situations), clips)
+    world = read_situations(settings.situations)
+    info, pieces, frames = make_dialogue(settings.seed, i, world, clips)
     audio, info["phones"] = audio_of(pieces, frames, clips)
     base = str(Path(settings.out) / split_of(i) / info["file_name"])
-    write_atomically(f"{base}.flac", lambda new: soundfile.write(new, audio.T, RATE, "PCM_16", format="FLAC"))
+    write_atomically(f"{base}.flac", lambda new: soundfile.write(new, audio.T, RATE, "PCM_16",
+                                                                 format="FLAC"))
     write_json(f"{base}.json", info)
     return frames * SECONDS
 
 
 def compose_shard(item, settings):
-    """item (path, numbers of dialogues): writes these in codes as one parquet file. Returns (their number, seconds)."""
+    """item (path, numbers of dialogues): writes these in codes as one parquet file. Returns
+    (their number, seconds)."""
     path, numbers = item
-    coded, rows, reports = bank.read_codes(settings.bank), [], []
+    coded, world = bank.read_codes(settings.bank), read_situations(settings.situations)
+    rows, reports = [], []
     for i in numbers:
-        row, pieces, frames = make_dialogue(settings.seed, i, read_situations(settings.situations), coded["clips"])
+        row, pieces, frames = make_dialogue(settings.seed, i, world, coded["clips"])
         row["dsu_c1_path"], row["dsu_c2_path"] = codes_of(pieces, frames, coded).tolist()
-        row["spk_emb_c1"], row["spk_emb_c2"] = (coded["embeddings"][voice] for voice in row["tts_speaker_ids"])
-        row["utterances"][-1]["end_time"] = seconds = frames * FRAME / RATE  # the text stream's clock, as in prepare.py
+        for channel, voice in enumerate(row["tts_speaker_ids"], 1):
+            row[f"spk_emb_c{channel}"] = coded["embeddings"][voice]
+        # the text stream's clock, as in prepare.py
+        row["utterances"][-1]["end_time"] = seconds = frames * FRAME / RATE
         rows.append(row)
         reports.append({"name": row["file_name"], "seconds": seconds})
     write_shard(path, rows, reports)
     return len(rows), sum(report["seconds"] for report in reports)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The commands
 
 
 def claim(path, mark):
-    """Raises InputError if the folder of `path` holds another set than `mark` says; else writes it there."""
+    """Raises InputError if the folder of `path` holds another set than `mark` says; else writes
+    it there."""
     if path.exists():
         old = json.loads(path.read_text())
-        if differs := [f"{key} was {old.get(key)} and is {mark[key]}" for key in mark if old.get(key) != mark[key]]:
-            raise InputError(f"{path.parent}: holds a corpus whose {', '.join(differs)}; give another out=")
+        differs = [f"{key} was {old.get(key)} and is {mark[key]}" for key in mark
+                   if old.get(key) != mark[key]]
+        if differs:
+            raise InputError(f"{path.parent}: holds a corpus whose {', '.join(differs)}; give "
+                             "another out=")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, mark, indent=1)
@@ -518,12 +580,15 @@ def write_recordings(settings, count, mark):
 
 def write_codes(settings, count, mark):
     out, coded = Path(settings.out), bank.read_codes(settings.bank)
-    for text, voice in itertools.product(every_sentence(read_situations(settings.situations)), VOICES):
+    sentences = every_sentence(read_situations(settings.situations))
+    for voice, text in itertools.product(VOICES, sentences):
         if (voice, text) not in coded["clips"]:
-            raise InputError(f"{settings.bank}: lacks {text!r} by {voice}; encode the bank of these situations")
+            raise InputError(f"{settings.bank}: lacks {text!r} by {voice}; encode the bank of "
+                             "these situations")
     numbers = {split: [i for i in range(count) if split_of(i) == split] for split in SPLITS}
     dialogues = {split: len(own) for split, own in numbers.items()}
-    info = coded["info"] | mark | {"one_embedding_per_voice": True, "shard_size": settings.shard_size, "dialogues": dialogues}
+    info = coded["info"] | mark | {"one_embedding_per_voice": True, "dialogues": dialogues,
+                                   "shard_size": settings.shard_size}
     claim(out / "info.json", info)
     write_json(out / "voices.json", coded["embeddings"])
     shards = {}
@@ -540,18 +605,21 @@ def write_codes(settings, count, mark):
 
 
 def compare(settings):
-    """Prints how many codes of composed dialogues differ from those of the same dialogues' audio through the codec."""
-    clips, coded, codec = audio_clips(settings.audio), bank.read_codes(settings.bank), load_codec(settings.codec)
+    """Prints how many codes of composed dialogues differ from those of the same dialogues' audio
+    through the codec."""
+    clips, coded = audio_clips(settings.audio), bank.read_codes(settings.bank)
+    codec, world = load_codec(settings.codec), read_situations(settings.situations)
     differ = {"speech": [], "silence": []}
     for i in tqdm(range(settings.n), unit="dialogue"):
-        _, pieces, frames = make_dialogue(0, i, read_situations(settings.situations), clips)
+        _, pieces, frames = make_dialogue(0, i, world, clips)
         audio = torch.from_numpy(audio_of(pieces, frames, clips)[0] / np.float32(32768))
-        wrong = codec.encode(audio)[0].numpy() != codes_of(pieces, frames, coded)  # (2, K, T)
+        wrong = codec.encode(audio)[0].numpy() != codes_of(pieces, frames, coded)
+        wrong = wrong.transpose(0, 2, 1)  # (2, T, K)
         speech = np.zeros((2, frames), bool)
         for speaker, _, _, at, length in pieces:
             speech[speaker, at:at + length] = True
-        differ["speech"].append(wrong.transpose(0, 2, 1)[speech].mean())
-        differ["silence"].append(wrong.transpose(0, 2, 1)[~speech].mean())
+        differ["speech"].append(wrong[speech].mean())
+        differ["silence"].append(wrong[~speech].mean())
     for kind, shares in differ.items():
         print(f"{kind}: {100 * np.mean(shares):.2f} % of the codes differ")
 
@@ -564,12 +632,15 @@ def main(argv):
     if argv[:1] == ["encode"]:
         settings = load_settings(EncodeSettings, argv[1:])
         sentences = every_sentence(read_situations(settings.situations), settings.situations)
-        return bank.encode(sentences, settings.bank, settings.codec, settings.out, settings.speaker_encoder)
+        return bank.encode(sentences, settings.bank, settings.codec, settings.out,
+                           settings.speaker_encoder)
     if argv[:1] == ["compare"]:
         return compare(load_settings(CompareSettings, argv[1:]))
     settings = load_settings(Settings, argv)
-    if not settings.hours > 0 or settings.seed < 0 or settings.workers < 0 or settings.shard_size < 1:
-        raise InputError("hours must be above 0, seed and workers not negative, shard_size at least 1")
+    if not settings.hours > 0 or settings.shard_size < 1:
+        raise InputError("hours must be above 0 and shard_size at least 1")
+    if settings.seed < 0 or settings.workers < 0:
+        raise InputError("seed and workers must not be negative")
     count = math.ceil(settings.hours * 3600 / MEAN_SECONDS)
     world = json.dumps(read_situations(settings.situations))
     mark = {"seed": settings.seed, "situations": hashlib.sha256(world.encode()).hexdigest()[:16]}
