@@ -82,6 +82,29 @@ def length_mask(lengths, size):
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
+def with_past(x, dim, layer, state):
+    """x preceded along `dim` by the `layer.span` steps before it: zeros where x is a beginning.
+
+    `state` is what a stream remembers between its chunks: a dict, layer -> the last `span` steps of its
+    input (zeros, or nothing, at first). This call reads and renews the layer's entry; None: no stream.
+    """
+    past = None if state is None else state.get(layer)
+    if past is None:
+        past = x.new_zeros(*x.shape[:dim], layer.span, *x.shape[dim + 1:])
+    x = torch.cat([past, x], dim)
+    if state is not None:
+        state[layer] = x.narrow(dim, x.shape[dim] - layer.span, layer.span).clone()
+    return x
+
+
+class Past(nn.Module):
+    """A place in the stream's state for a step without weights of its own (see with_past)."""
+
+    def __init__(self, span):
+        super().__init__()
+        self.span = span
+
+
 class Conv(nn.Conv1d):
     """1-d convolution that pads its own input: causally with zeros, or on both sides with the edge values."""
 
@@ -294,116 +317,134 @@ def check_codes(codes, num_codebooks, codebook_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MiniCodec: our own, small enough to ship and to train on a laptop (train_codec.py)
+# MiniCodec: our own, small enough to ship and to train on a laptop (world/train_codec.py)
 
-HOP, N_FFT, STEPS = 252, 1008, 7  # a frame of 1764 samples is 7 steps of 252; the windows are 4 steps long
+HOP, N_FFT, STEPS = 252, 1008, 7  # a frame of 1764 samples is 7 steps of 252; a window is 4 steps
 
 
 class ConvNeXt(nn.Module):
-    """Depthwise convolution over 7 steps, then two linear layers per step, added to the input."""
+    """Depthwise convolution over a step and those before it, then two linear layers per step, added
+    to the input."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, kernel):
         super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, (7, 1), padding=(3, 0), groups=channels)
+        self.span = kernel - 1
+        self.depthwise = nn.Conv2d(channels, channels, (kernel, 1), groups=channels)
         self.norm = nn.LayerNorm(channels)
         self.up, self.down = nn.Linear(channels, 3 * channels), nn.Linear(3 * channels, channels)
-        self.scale = nn.Parameter(torch.full((channels,), 0.3))  # small residuals at first, so that deep stacks start
+        # small residuals at first, so that deep stacks start
+        self.scale = nn.Parameter(torch.full((channels,), 0.3))
 
-    def forward(self, x, mask):
-        """x (B, T, channels), mask (B, T, 1) -> (B, T, channels). Beyond an item, the mask makes the zeros it would
-        see alone."""
-        y = (x * mask).transpose(1, 2).unsqueeze(3)  # 2-D with channels last in memory: 3 times faster on a CPU
+    def forward(self, x, state=None):
+        """x (B, T, channels) -> (B, T, channels)."""
+        # 2-D with channels last in memory: 3 times faster on a CPU
+        y = with_past(x, 1, self, state).transpose(1, 2).unsqueeze(3)  # (B, channels, span + T, 1)
         y = self.norm(self.depthwise(y).squeeze(3).transpose(1, 2))
-        return x + self.scale * self.down(F.silu(self.up(y)))  # SiLU: on a CPU GELU takes longer than both products
+        # SiLU: on a CPU GELU takes longer than both products
+        return x + self.scale * self.down(F.silu(self.up(y)))
 
 
 class MiniCodec(nn.Module):
-    """Log-mel -> ConvNeXt at 87.5 and 12.5 Hz -> FSQ -> ConvNeXt at 12.5 and 87.5 Hz -> inverse STFT (Vocos, Siuzdak
-    2023, arXiv 2306.00814). Not in the paper: our codec for the shipped default, not causal. Inside, sequences are
-    (B, T, channels), which makes every linear layer one matrix product.
+    """Log-mel -> ConvNeXt at 87.5 and 12.5 Hz -> FSQ -> ConvNeXt at 12.5 and 87.5 Hz -> inverse STFT
+    (Vocos, Siuzdak 2023, arXiv 2306.00814). Not in the paper: our codec for the shipped default.
 
-    Attributes: sample_rate (Hz), samples_per_frame, num_codebooks K, codebook_size C; `config` makes another like it.
+    Causal: frame t of the audio depends on codes up to t only, and is whole once they are there; codes
+    up to t depend on audio up to the end of frame t + 1 (LOOKAHEAD). The encoder's past is kept short,
+    about 9 frames, so that a word gives the same codes wherever it is said; the decoder's is 2.5 s.
+    Inside, sequences are (B, T, channels), which makes every linear layer one matrix product.
+
+    Attributes: sample_rate (Hz), samples_per_frame, num_codebooks K, codebook_size C; `config` makes
+    another like it.
     """
 
-    sample_rate, samples_per_frame = 22050, STEPS * HOP
+    sample_rate, samples_per_frame, lookahead = 22050, STEPS * HOP, 1
 
-    def __init__(self, levels=(5, 5, 5, 5), num_codebooks=4, mel_bands=80, step_channels=(128, 192), step_blocks=(2, 5),
-                 frame_channels=256, frame_blocks=(4, 5)):
+    def __init__(self, levels=(5, 5, 5, 5), num_codebooks=4, mel_bands=80, step_channels=(128, 192),
+                 step_blocks=(2, 5), frame_channels=256, frame_blocks=(3, 5), frame_kernels=(3, 7)):
         """Pairs are (encoder, decoder); step_: of the blocks at 87.5 Hz, frame_: of those at 12.5 Hz."""
         super().__init__()
         self.config = {"levels": levels, "num_codebooks": num_codebooks, "mel_bands": mel_bands,
-                       "step_channels": step_channels, "step_blocks": step_blocks, "frame_channels": frame_channels,
-                       "frame_blocks": frame_blocks}
+                       "step_channels": step_channels, "step_blocks": step_blocks,
+                       "frame_channels": frame_channels, "frame_blocks": frame_blocks,
+                       "frame_kernels": frame_kernels}
         self.fsq = FSQ(levels, num_codebooks)
         self.num_codebooks, self.codebook_size = self.fsq.num_codebooks, self.fsq.codebook_size
         numbers = num_codebooks * len(levels)
         (enc_step, dec_step), size = step_channels, frame_channels
-        self.register_buffer("mel", mel_filters(mel_bands, N_FFT, self.sample_rate), persistent=False)
+        mel = mel_filters(mel_bands, N_FFT, self.sample_rate)
+        self.register_buffer("mel", mel, persistent=False)
         self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
 
+        def blocks(count, channels, kernel):
+            return nn.ModuleList(ConvNeXt(channels, kernel) for _ in range(count))
+
+        self.enc_windows = Past(N_FFT - HOP)  # samples
         self.enc_in = nn.Linear(mel_bands, enc_step)
-        self.enc_steps = nn.ModuleList(ConvNeXt(enc_step) for _ in range(step_blocks[0]))
+        self.enc_steps = blocks(step_blocks[0], enc_step, 7)
         self.enc_down = nn.Linear(STEPS * enc_step, size)
-        self.enc_frames = nn.ModuleList(ConvNeXt(size) for _ in range(frame_blocks[0]))
+        self.enc_frames = blocks(frame_blocks[0], size, frame_kernels[0])
         self.enc_out = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, numbers))
 
         self.dec_in = nn.Linear(numbers, size)
-        self.dec_frames = nn.ModuleList(ConvNeXt(size) for _ in range(frame_blocks[1]))
+        self.dec_frames = blocks(frame_blocks[1], size, frame_kernels[1])
         self.dec_up = nn.Linear(size, STEPS * dec_step)
-        self.dec_steps = nn.ModuleList(ConvNeXt(dec_step) for _ in range(step_blocks[1]))
+        self.dec_steps = blocks(step_blocks[1], dec_step, 7)
         self.dec_out = nn.Sequential(nn.LayerNorm(dec_step), nn.Linear(dec_step, N_FFT + 2))
-        nn.init.constant_(self.dec_out[1].bias[:N_FFT // 2 + 1], -3)  # start quiet: most of a spectrum is
+        # start quiet: most of a spectrum is
+        nn.init.constant_(self.dec_out[1].bias[:N_FFT // 2 + 1], -3)
+        self.dec_windows = Past(N_FFT // HOP - 1)  # steps
 
-    def analyse(self, audio, mask):
-        """audio (B, T * 1764), mask (B, T, 1) -> (quantised (B, K*D, T) in [-1, 1], codes (B, K, T))."""
-        windows = F.pad(audio, ((N_FFT - HOP) // 2,) * 2).unfold(1, N_FFT, HOP)  # (B, 7T, 1008), a step in the middle
+    def analyse(self, audio, state=None):
+        """audio (B, T * 1764) -> (quantised (B, K*D, T) in [-1, 1], codes (B, K, T)), causal: that the
+        encoder looks ahead by a frame means that the codes of frame t come out at t + 1."""
+        # a step's window ends with it
+        windows = with_past(audio, 1, self.enc_windows, state).unfold(1, N_FFT, HOP)  # (B, 7T, 1008)
         power = torch.fft.rfft(windows * self.window).abs().square()
-        x = self.enc_in((torch.log((power @ self.mel).clamp(min=1e-5)) + 4) / 4)  # (B, 7T, enc_step); about -2..3 in
-        steps = mask.repeat_interleave(STEPS, 1)
+        log_mel = torch.log((power @ self.mel).clamp(min=1e-5))
+        x = self.enc_in((log_mel + 4) / 4)  # (B, 7T, enc_step); about -2..3 goes in
         for block in self.enc_steps:
-            x = block(x, steps)
-        x = self.enc_down(x.unflatten(1, (-1, STEPS)).flatten(2))  # (B, T, size): seven steps side by side are a frame
+            x = block(x, state)
+        # (B, T, size): seven steps side by side are a frame
+        x = self.enc_down(x.unflatten(1, (-1, STEPS)).flatten(2))
         for block in self.enc_frames:
-            x = block(x, mask)
+            x = block(x, state)
         return self.fsq(self.enc_out(x).float().transpose(1, 2))
 
-    def synthesise(self, quantised, mask):
-        """quantised (B, K*D, T), mask (B, T, 1) -> audio (B, T * 1764)."""
+    def synthesise(self, quantised, state=None):
+        """quantised (B, K*D, T) -> audio (B, T * 1764)."""
         x = self.dec_in(quantised.transpose(1, 2))
         for block in self.dec_frames:
-            x = block(x, mask)
+            x = block(x, state)
         x = self.dec_up(x).unflatten(2, (STEPS, -1)).flatten(1, 2)  # (B, 7T, dec_step)
-        steps = mask.repeat_interleave(STEPS, 1)
         for block in self.dec_steps:
-            x = block(x, steps)
+            x = block(x, state)
         log_size, phase = self.dec_out(x).float().chunk(2, -1)  # (B, 7T, 505) each
-        size = torch.exp(log_size.clamp(max=5)) * steps
-        windows = torch.fft.irfft(torch.complex(size * phase.cos(), size * phase.sin())) * self.window
-        # Overlap-add: a window is four hops, and squared Hann windows at this hop add up to 1.5 everywhere.
-        hops = windows.unflatten(2, (4, HOP)) / 1.5  # (B, 7T, 4, 252)
-        audio = sum(F.pad(hops[:, :, i], (0, 0, i, 3 - i)) for i in range(4)).flatten(1)
-        return audio[:, (N_FFT - HOP) // 2:][:, :quantised.shape[2] * self.samples_per_frame]
+        size = torch.exp(log_size.clamp(max=5))
+        spectra = torch.complex(size * phase.cos(), size * phase.sin())
+        windows = torch.fft.irfft(spectra) * self.window  # (B, 7T, 1008)
+        # Overlap-add: a step's window begins with it, so that no later one adds to its samples. Squared
+        # Hann windows at this hop add up to 1.5 everywhere.
+        hops = with_past(windows, 1, self.dec_windows, state).unflatten(2, (4, HOP)) / 1.5
+        return sum(hops[:, 3 - i:hops.shape[1] - i, i] for i in range(4)).flatten(1)
 
     def forward(self, audio):
-        """audio (B, T * 1764) -> (decoded audio, the same shape, quantised (B, K*D, T), codes (B, K, T)): training."""
-        mask = audio.new_ones(len(audio), audio.shape[1] // self.samples_per_frame, 1)
-        quantised, codes = self.analyse(audio, mask)
-        return self.synthesise(quantised, mask), quantised, codes
+        """audio (B, T * 1764) -> (decoded audio, the same shape, quantised (B, K*D, T), codes
+        (B, K, T)): training. The last frame is coded as if silence came next."""
+        quantised, codes = self.analyse(F.pad(audio, (0, self.samples_per_frame)))
+        return self.synthesise(quantised[:, :, 1:]), quantised[:, :, 1:], codes[:, :, 1:]
 
     @torch.no_grad()
     def encode(self, audio, lengths=None):
         """As NanoCodec.encode."""
         audio, frames = whole_frames(audio, lengths, self.samples_per_frame)
-        mask = length_mask(frames, audio.shape[1] // self.samples_per_frame)  # (B, T)
-        return self.analyse(audio, mask[:, :, None].float())[1] * mask[:, None], frames
+        codes = self.analyse(F.pad(audio, (0, self.samples_per_frame)))[1][:, :, 1:]
+        return codes * length_mask(frames, codes.shape[2])[:, None], frames
 
     @torch.no_grad()
     def decode(self, codes, lengths=None):
         """As NanoCodec.decode."""
         check_codes(codes, self.num_codebooks, self.codebook_size)
-        lengths = torch.full((len(codes),), codes.shape[2]) if lengths is None else torch.as_tensor(lengths)
-        mask = length_mask(lengths.to(codes.device), codes.shape[2])
-        audio = self.synthesise(self.fsq.decode(codes), mask[:, :, None].float()).clamp(-1, 1)
+        audio = self.synthesise(self.fsq.decode(codes)).clamp(-1, 1)
         return silence_behind(audio, lengths, self.samples_per_frame)
 
 
