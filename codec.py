@@ -39,9 +39,18 @@ from config import InputError, hub_problem, write_atomically
 
 
 class FSQ(nn.Module):
-    """K independent codebooks, each a grid over D numbers: number d is rounded to one of `levels[d]` values in [-1, 1].
+    """K independent codebooks, each a grid over D numbers: number d is rounded to one of `levels[d]`
+    values in [-1, 1]. A code is the D digits of its grid point in mixed radix, `levels[0]` the lowest
+    digit; C = prod(levels) codes. With L levels, in one line each:
 
-    A code is the D digits of its grid point in mixed radix, `levels[0]` the lowest digit; C = prod(levels) codes.
+        w = (L - 1) / 2 * (1 - eps),  o = 1/2 for even L, else 0
+        digit = round(w tanh(z + tan(o / w)) - o) + floor(L / 2),   code = sum_d digit_d prod_{j<d} L_j
+
+    Why the offset: w tanh(.) lies in (-w, w). For L = 5 that is (-2, 2) and rounds to -2 .. 2, five
+    values. For L = 4 it would be (-1.5, 1.5), which rounds to -1, 0, 1 (and -2 or 2 at the very edge):
+    three and a bit. Moved by o to (-2, 1) it rounds to -2, -1, 0, 1, digits 0 .. 3. The same o inside
+    the tanh keeps z = 0 near a grid point: L = 4, eps = 0: w tanh(tan(1/3)) - 1/2 = -0.0004, so digit 2,
+    which decodes to (2 - 2) / 2 = 0.
     """
 
     def __init__(self, levels, num_codebooks, eps=1e-3):
@@ -58,8 +67,7 @@ class FSQ(nn.Module):
         Rounding passes the gradient straight through, so the same call serves training.
         """
         z = z.unflatten(1, (self.num_codebooks, -1))  # (B, K, D, T)
-        # Squash to the open interval that rounds to exactly `levels` integers; an even number of levels has no middle,
-        # so it is moved by a half. (tan is NeMo's; atanh would send 0 to 0 exactly, but the weights expect tan.)
+        # tan is NeMo's: atanh would send 0 to 0 exactly, but the weights expect tan
         half_width = (self.levels - 1) / 2 * (1 - self.eps)
         offset = 0.5 * (self.levels % 2 == 0)
         bounded = half_width * torch.tanh(z + torch.tan(offset / half_width)) - offset
@@ -113,10 +121,11 @@ class Conv(nn.Conv1d):
         padding = {} if causal else {"padding": (self.span + 2 - stride) // 2, "padding_mode": "replicate"}
         super().__init__(c_in, c_out, kernel, stride, dilation=dilation, **padding)
 
-    def forward(self, x, lengths=None):
-        """x (B, c_in, T) -> (B, c_out, T / stride); `lengths` (B,) or None (all T) matter to a non-causal one only."""
+    def forward(self, x, lengths=None, state=None):
+        """x (B, c_in, T) -> (B, c_out, T / stride). `lengths` (B,) or None (all T) matter to a
+        non-causal one only, `state` (see with_past) to a causal one."""
         if self.causal:
-            return super().forward(F.pad(x, (self.span, 0)))
+            return super().forward(with_past(x, 2, self, state))
         if lengths is not None:
             # Repeat an item's last step through its padding: then it sees the edge it would see alone. (NeMo puts zeros
             # there, so that its codes of the last frames depend on what else is in the batch.)
@@ -126,13 +135,18 @@ class Conv(nn.Conv1d):
 
 
 class UpConv(nn.ConvTranspose1d):
-    """Causal transposed convolution, T -> T * rate: what would look ahead is cut off at the right."""
+    """Causal transposed convolution, T -> T * rate: a step reaches into the `rate` outputs after its
+    own, never into those before."""
+
+    span = 1
 
     def __init__(self, c_in, c_out, rate, groups):
         super().__init__(c_in, c_out, 2 * rate, rate, groups=groups)
 
-    def forward(self, x):
-        return super().forward(x)[..., :-self.stride[0]]
+    def forward(self, x, state=None):
+        rate = self.stride[0]
+        # cut off: what the past step itself gives, and what reaches into the step after the last
+        return super().forward(with_past(x, 2, self, state))[..., rate:-rate]
 
 
 class HalfSnake(nn.Module):
@@ -162,9 +176,9 @@ class ResidualBlock(nn.Module):
         self.input_conv = Conv(channels, channels, kernel, dilation=dilation, causal=causal)
         self.skip_conv = Conv(channels, channels, kernel, causal=causal)
 
-    def forward(self, x, lengths=None):
-        y = self.input_conv(self.input_activation(x), lengths)
-        return x + self.skip_conv(self.skip_activation(y), lengths)
+    def forward(self, x, lengths=None, state=None):
+        y = self.input_conv(self.input_activation(x), lengths, state)
+        return x + self.skip_conv(self.skip_activation(y), lengths, state)
 
 
 class ResidualLayer(nn.ModuleList):
@@ -174,12 +188,12 @@ class ResidualLayer(nn.ModuleList):
         super().__init__(nn.ModuleList(ResidualBlock(channels, k, d, activation, causal) for d in dilations)
                          for k in kernels)
 
-    def forward(self, x, lengths=None):
+    def forward(self, x, lengths=None, state=None):
         total = 0
         for chain in self:
             y = x
             for block in chain:
-                y = block(y, lengths)
+                y = block(y, lengths, state)
             total = total + y
         return total / len(self)
 
@@ -209,6 +223,18 @@ class Encoder(nn.Module):
             lengths = None if lengths is None else lengths // rate
         return self.post_conv(F.leaky_relu(x), lengths)
 
+    def reach(self):
+        """-> how many samples before a frame, and how many after it, play a part in its codes."""
+        back = ahead = self.pre_conv.span // 2
+        step = 1  # samples
+        for rate, chains, down in zip(self.rates, self.res_layers, self.down_sample_conv_layers):
+            sides = max(sum(block.input_conv.span // 2 + block.skip_conv.span // 2 for block in chain)
+                        for chain in chains)
+            left = down.padding[0]  # of its 2 * rate inputs, `rate` are the step's own
+            back, ahead = back + step * (sides + left), ahead + step * (sides + rate - left)
+            step *= rate
+        return back + step * (self.post_conv.span // 2), ahead + step * (self.post_conv.span // 2)
+
 
 class Decoder(nn.Module):
     """z (B, input_dim, T) -> audio (B, 1, T * prod(rates)) in [-1, 1]: a causal HiFi-GAN, channels halving."""
@@ -230,17 +256,19 @@ class Decoder(nn.Module):
         self.post_activation = HalfSnake(c)
         self.post_conv = Conv(c, 1, out_kernel_size, causal=True)
 
-    def forward(self, z):
-        x = self.pre_conv(z)
+    def forward(self, z, state=None):
+        x = self.pre_conv(z, state=state)
         for act, up, res in zip(self.activations, self.up_sample_conv_layers, self.res_layers):
-            x = res(up(act(x)))
-        return self.post_conv(self.post_activation(x)).clamp(-1, 1)
+            x = res(up(act(x), state), state=state)
+        return self.post_conv(self.post_activation(x), state=state).clamp(-1, 1)
 
 
 class NanoCodec(nn.Module):
     """NVIDIA's NanoCodec (spec 10) from the settings in a `.nemo` archive. Use `load_codec`, which fills its weights.
 
-    Attributes: sample_rate (Hz), samples_per_frame, num_codebooks K, codebook_size C.
+    Attributes: sample_rate (Hz), samples_per_frame, num_codebooks K, codebook_size C; context and
+    lookahead: the frames before and after a frame that play a part in its codes. (Released: 9,150
+    samples ahead, so 6 frames.)
     """
 
     def __init__(self, config):
@@ -261,6 +289,7 @@ class NanoCodec(nn.Module):
         self.fsq = FSQ(fsq["num_levels_per_group"], fsq["num_groups"], fsq.get("eps", 1e-3))
         self.num_codebooks, self.codebook_size = self.fsq.num_codebooks, self.fsq.codebook_size
         self.encoder, self.decoder = Encoder(**enc), Decoder(**dec)
+        self.context, self.lookahead = (math.ceil(n / self.samples_per_frame) for n in self.encoder.reach())
 
     @torch.no_grad()
     def encode(self, audio, lengths=None):
@@ -283,6 +312,11 @@ class NanoCodec(nn.Module):
         check_codes(codes, self.num_codebooks, self.codebook_size)
         audio = self.decoder(self.fsq.decode(codes))[:, 0]  # causal: what follows an item cannot change it
         return silence_behind(audio, lengths, self.samples_per_frame)
+
+    def streaming(self, rows=1, lookahead=None):
+        """-> NanoStream, `rows` recordings piece by piece. `lookahead`: frames to wait for before a
+        frame is coded; None: all that play a part, which gives `encode`'s codes."""
+        return NanoStream(self, rows, self.lookahead if lookahead is None else lookahead)
 
 
 def whole_frames(audio, lengths, samples_per_frame):
@@ -447,6 +481,10 @@ class MiniCodec(nn.Module):
         audio = self.synthesise(self.fsq.decode(codes)).clamp(-1, 1)
         return silence_behind(audio, lengths, self.samples_per_frame)
 
+    def streaming(self, rows=1):
+        """-> MiniStream, `rows` recordings piece by piece."""
+        return MiniStream(self, rows, self.lookahead)
+
 
 def mel_filters(bands, n_fft, sample_rate):
     """Triangles of height 1, evenly spaced in mel (O'Shaughnessy) from 0 Hz to half the rate: (n_fft // 2 + 1, bands),
@@ -500,6 +538,209 @@ class Mimi(nn.Module):
         audio = self.model.decode(codes.long()).audio_values[:, 0].clamp(-1, 1)
         return silence_behind(audio, lengths, self.samples_per_frame)
 
+    def streaming(self, rows=1):
+        """-> MimiStream, `rows` recordings piece by piece."""
+        return MimiStream(self, rows, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams: a codec piece by piece
+
+
+class Stream:
+    """What the streams of all codecs share: `encode` and `decode` of the next piece of B rows, which
+    go on in step; together the pieces give what the codec's own encode and decode give at one go.
+
+    State: `pending` (B, n), audio that is no whole frame yet; `ages` (B,), frames that each row has
+    heard; what the codec's layers remember stands in its own class. A row is one recording: `reset`
+    makes it a new one, no other row changes.
+    """
+
+    def __init__(self, codec, rows, lookahead):
+        self.codec, self.rows, self.lookahead = codec, rows, lookahead
+        self.device = next(codec.parameters()).device
+        self.reset()
+
+    def reset(self, row=None):
+        """Row `row` begins anew, with its next frame; None: all of them."""
+        if row is None:
+            self.pending = torch.zeros(self.rows, 0, device=self.device)
+            self.ages = torch.zeros(self.rows, dtype=torch.long, device=self.device)
+        else:
+            self.pending[row], self.ages[row] = 0, 0
+
+    @torch.no_grad()
+    def encode(self, chunk):
+        """chunk (B, n) float32, any n -> codes (B, K, T) of the frames that can be coded by now: those
+        that have been heard whole and whose look-ahead has been. T may be 0. A row that began later
+        than others holds -1 where they have codes and it has none yet.
+        """
+        audio, size = torch.cat([self.pending, chunk], 1), self.codec.samples_per_frame
+        frames = audio.shape[1] // size
+        # a copy: a piece of a view would keep the whole
+        self.pending = audio[:, frames * size:].clone()
+        if frames == 0:
+            return torch.zeros(self.rows, self.codec.num_codebooks, 0, dtype=torch.long, device=self.device)
+        codes = self.next_codes(audio[:, :frames * size])
+        self.ages = self.ages + frames
+        return self.begun(codes, self.lookahead)
+
+    @torch.no_grad()
+    def finish(self):
+        """The recordings end here: codes (B, K, T) of the frames still owed, the last filled up with
+        zeros. The stream is as new afterwards."""
+        rest = -self.pending.shape[1] % self.codec.samples_per_frame
+        codes = [self.encode(torch.zeros(self.rows, rest, device=self.device))]
+        if self.lookahead:
+            codes.append(self.begun(self.last_codes(), behind=0))
+        self.reset()
+        return torch.cat(codes, 2)
+
+    def begun(self, codes, behind):
+        """codes (B, K, T), the last of them of `behind` frames ago -> the same with -1 before each
+        row's first frame, without the columns in which no row has begun."""
+        places = torch.arange(-codes.shape[2], 0, device=self.device) - behind + self.ages[:, None]  # (B, T)
+        codes = codes.masked_fill((places < 0)[:, None], -1)
+        return codes[:, :, (places >= 0).any(0)]
+
+
+class MiniStream(Stream):
+    """MiniCodec's: all its layers are causal, so each remembers its last inputs (see with_past): `heard`
+    those of the encoder, `said` those of the decoder."""
+
+    def reset(self, row=None):
+        super().reset(row)
+        if row is None:
+            self.heard, self.said = {}, {}
+        else:
+            for past in (*self.heard.values(), *self.said.values()):
+                past[row] = 0
+
+    def next_codes(self, audio):
+        """audio (B, T * samples_per_frame) -> codes (B, K, T), `lookahead` frames late."""
+        return self.codec.analyse(audio, self.heard)[1]
+
+    def last_codes(self):
+        """-> the codes (B, K, lookahead) that are still owed at the end."""
+        silence = torch.zeros(self.rows, self.lookahead * self.codec.samples_per_frame, device=self.device)
+        return self.next_codes(silence)
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """codes (B, K, T), T > 0 -> audio (B, T * samples_per_frame) in [-1, 1], every frame at once."""
+        check_codes(codes, self.codec.num_codebooks, self.codec.codebook_size)
+        return self.codec.synthesise(self.codec.fsq.decode(codes), self.said).clamp(-1, 1)
+
+
+class NanoStream(Stream):
+    """NanoCodec's: the layers of the decoder remember their last inputs (`said`); the encoder, which is
+    not causal, codes anew a window of the last frames (`window`, audio) with every piece.
+
+    A look-ahead below codec.lookahead makes other codes than `encode`: the encoder then takes the last
+    sample for what follows, as it does at the end of a recording.
+    """
+
+    def reset(self, row=None):
+        super().reset(row)
+        if row is None:
+            self.said = {}
+            size = (self.codec.context + self.lookahead) * self.codec.samples_per_frame
+            self.window = torch.zeros(self.rows, size, device=self.device)
+        else:
+            for past in self.said.values():
+                past[row] = 0
+
+    def next_codes(self, audio):
+        """audio (B, T * samples_per_frame) -> codes (B, K, T), `lookahead` frames late."""
+        size = self.codec.samples_per_frame
+        frames, kept = audio.shape[1] // size, self.window.shape[1] // size
+        audio = torch.cat([self.window, audio], 1)
+        self.window = audio[:, -kept * size:].clone() if kept else self.window
+        codes = torch.zeros(self.rows, self.codec.num_codebooks, frames, dtype=torch.long, device=self.device)
+        # rows of one age together: a young one's window begins with its recording
+        for age in self.ages.clamp(max=kept).unique().tolist():
+            same = self.ages.clamp(max=kept) == age
+            found = self.codec.encode(audio[same, (kept - age) * size:])[0]  # (b, K, age + T)
+            codes[same] = F.pad(found, (self.lookahead, 0))[:, :, age:age + frames]
+        return codes
+
+    def last_codes(self):
+        """-> the codes (B, K, lookahead) that are still owed at the end."""
+        size, kept = self.codec.samples_per_frame, self.window.shape[1] // self.codec.samples_per_frame
+        codes = torch.zeros(self.rows, self.codec.num_codebooks, self.lookahead, dtype=torch.long, device=self.device)
+        for age in self.ages.clamp(max=kept).unique().tolist():
+            same = self.ages.clamp(max=kept) == age
+            if age:
+                found = self.codec.encode(self.window[same, (kept - age) * size:])[0]
+                codes[same] = F.pad(found, (self.lookahead, 0))[:, :, -self.lookahead:]
+        return codes
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """codes (B, K, T), T > 0 -> audio (B, T * samples_per_frame) in [-1, 1], every frame at once."""
+        check_codes(codes, self.codec.num_codebooks, self.codec.codebook_size)
+        return self.codec.decoder(self.codec.fsq.decode(codes), self.said)[:, 0]
+
+
+class MimiStream(Stream):
+    """Mimi's: transformers' own caches, one set a row, since they cannot forget one row of several.
+
+    State of a row: `encoder` (attention), `padding` (convolutions of the encoder), `decoder` (attention);
+    transformers has none for the decoder's convolutions, so the last `latent` (of the upsampling) and the
+    last REACH outputs of the transformer (`hidden`) are kept, and decoded again in front of the new ones.
+    """
+
+    REACH = 16  # of 40 ms; the convolutions of the released model reach 12 back
+
+    def reset(self, row=None):
+        super().reset(row)
+        new = {"encoder": None, "padding": None, "decoder": None, "latent": None, "hidden": None}
+        if row is None:
+            self.states = [dict(new) for _ in range(self.rows)]
+        else:
+            self.states[row] = new
+
+    def next_codes(self, audio):
+        """audio (B, T * samples_per_frame) -> codes (B, K, T)."""
+        codes = []
+        for row, state in zip(audio, self.states):
+            found = self.codec.model.encode(
+                row[None, None], num_quantizers=self.codec.num_codebooks, encoder_cache=state["encoder"],
+                padding_cache=state["padding"], use_streaming=True)
+            state["encoder"], state["padding"] = found.encoder_cache, found.padding_cache
+            codes.append(found.audio_codes)  # (1, K, T)
+        return torch.cat(codes)
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """codes (B, K, T), T > 0 -> audio (B, T * samples_per_frame) in [-1, 1], every frame at once."""
+        check_codes(codes, self.codec.num_codebooks, self.codec.codebook_size)
+        return torch.cat([self._decode(row[None], state) for row, state in zip(codes, self.states)])
+
+    def _decode(self, codes, state):
+        """codes (1, K, T) of the row that `state` belongs to -> audio (1, T * samples_per_frame)."""
+        decoder = self.codec.model.decoder
+        latents = self.codec.model.quantizer.decode(codes.long())  # (1, channels, T)
+        known = latents if state["latent"] is None else torch.cat([state["latent"], latents], 2)
+        steps = latents.shape[2] * decoder.config.latent_stride
+        hidden = decoder.upsample(known)[:, :, -steps:].transpose(1, 2)  # (1, 2T, channels), 25 Hz
+        found = decoder.decoder_transformer(hidden, cache=state["decoder"], use_cache=True)
+        hidden = found.last_hidden_state
+        known = hidden if state["hidden"] is None else torch.cat([state["hidden"], hidden], 1)
+        audio = decoder.decoder_seanet(known.transpose(1, 2))[:, 0, -codes.shape[2] * self.codec.samples_per_frame:]
+        state |= {"latent": latents[:, :, -1:], "decoder": found.cache, "hidden": known[:, -self.REACH:]}
+        return audio.clamp(-1, 1)
+
+
+def encode_in_pieces(codec, audio, seconds=60.0):
+    """A long recording's codes in flat memory: audio (B, N) float32 at the codec's rate -> codes
+    (B, K, T), those that codec.encode(audio) gives, from pieces of `seconds`."""
+    if audio.ndim != 2 or audio.shape[1] == 0:
+        raise InputError(f"the codec takes audio (batch, samples) of at least one sample, not {tuple(audio.shape)}")
+    stream = codec.streaming(len(audio))
+    pieces = audio.split(max(round(seconds * codec.sample_rate), 1), 1)
+    return torch.cat([*map(stream.encode, pieces), stream.finish()], 2)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
@@ -541,7 +782,11 @@ def _load_minicodec(path):
         raise InputError(f"{path}: not a whole .safetensors file ({e}); copy or download it again") from e
     if metadata.get("architecture") != "MiniCodec":
         raise InputError(f"{path}: not a codec written by train_codec.py (its metadata names no MiniCodec)")
-    codec = MiniCodec(**json.loads(metadata["config"]))
+    config = json.loads(metadata["config"])
+    if "frame_kernels" not in config:
+        raise InputError(f"{path}: a MiniCodec from before it was causal; take the one in default/, or train it "
+                         "anew with world/train_codec.py")
+    codec = MiniCodec(**config)
     try:
         codec.load_state_dict(weights)
     except RuntimeError as e:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from codec import load_codec
@@ -38,7 +39,7 @@ def test_trains_resumes_and_loads(raw, tmp_path, monkeypatch):
 
     def dies(*args):
         calls.append(1)
-        if len(calls) == 4:  # the first call is for validation
+        if len(calls) == 5:  # the first two calls are for the held crops
             raise KeyboardInterrupt
         return real_crops(*args)
 
@@ -88,13 +89,43 @@ def test_decoder_only_keeps_codes_valid(raw, tmp_path):
         train_codec.main([f"data={raw}", f"out={tmp_path}/new", *TINY, "decoder_only=true"])
 
 
-def test_labels(raw):
-    audio, labels, phones = train_codec.load_audio(raw / "train")
-    assert phones == ["silence", "a", "b"] and len(audio) == len(labels) * 252 == 4 * 38 * 1764
-    steps = labels[:38 * 7]  # 87.5 a second; channel 1 of the first recording
-    assert (steps[:70] == 1).all() and (steps[70:131] == 2).all() and (steps[131:] == 0).all()
-    x, y = train_codec.crops(audio, labels, train_codec.speech_frames(audio), 5, 4, 0.1, np.random.default_rng(0))
-    assert x.shape == (5, 4 * 1764) and x.dtype == torch.float32 and y.shape == (5, 7, 4)
+def test_recordings_become_clips(raw):
+    clips, held = train_codec.load_clips(raw)
+    assert len(clips) == 4 and len(held) == 2  # a stretch of noise in each channel
+    phones = train_codec.name_phones([*clips, *held])
+    train_codec.label(clips, phones)
+    assert phones == ["silence", "a", "b"] and len(clips[0]["audio"]) == 19 * 1764
+    steps = clips[0]["labels"]  # 87.5 a second; channel 0 of the first recording
+    assert len(steps) == 19 * 7 and (steps[:70] == 1).all() and (steps[70:131] == 2).all()
+    train_codec.label(clips, ["silence", "a"])  # a checkpoint's phones, which lack one
+    assert set(clips[0]["labels"]) == {0, 1, train_codec.UNKNOWN}
+
+
+def test_crops_string_clips_together(raw):
+    clips, _ = train_codec.load_clips(raw)
+    train_codec.label(clips, train_codec.name_phones(clips))
+    x, y = train_codec.crops(clips, 5, 60, np.random.default_rng(0), torch.device("cpu"))
+    assert x.shape == (5, 60 * 1764) and x.dtype == torch.float32 and y.shape == (5, 7, 60)
+    loud = x.unflatten(1, (-1, 252)).abs().amax(2) > 0  # (5, 420)
+    labels = y.transpose(1, 2).flatten(1)
+    assert loud.any() and not loud.all() and not (labels[~loud] > 0).any()
+    edges = (loud[:, 1:] != loud[:, :-1]).sum(1)
+    assert (edges >= 2).all()  # there is a silence in every crop
+
+
+def test_a_bank(tmp_path):
+    """One clip in HELD is held out, by its text and voice: the same ones when the bank has grown."""
+    from world.bank import _paths
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        flac, marks = _paths(tmp_path, f"Text {i}.", "joe")
+        flac.parent.mkdir(exist_ok=True)
+        soundfile.write(flac, rng.normal(0, 0.1, 2 * 1764), 22050)
+        marks.write_text(json.dumps({"text": f"Text {i}.", "voice": "joe", "words": [], "phones": [["a", 0, 0.1]]}))
+    clips, held = train_codec.load_clips(tmp_path)
+    assert len(clips) + len(held) == 60 and 0 < len(held) < 10
+    train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY, "steps=1"])
+    assert load_codec(tmp_path / "out/codec.safetensors").codebook_size == 625
 
 
 def test_trains_without_phones(tmp_path):
@@ -106,11 +137,10 @@ def test_trains_without_phones(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["data=/nowhere"], "holds no recording"),
+    (["data=/nowhere"], "no speech bank"),
     (["bach=4"], "did you mean 'batch'"),
     (["batch=0"], "batch, minutes and warmup must be above 0"),
     (["resume=true"], "no checkpoint"),
-    (["crop_frames=2000"], "shorter than one crop"),
 ])
 def test_bad_settings(raw, tmp_path, words, message):
     with pytest.raises(InputError, match=message) as e:
@@ -122,11 +152,16 @@ def test_bad_files(raw, tmp_path):
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
         soundfile.write(tmp_path / split / "a.wav", np.zeros(44100), 22050)
-    with pytest.raises(InputError, match="all of it silent"):
+    with pytest.raises(InputError, match="holds no speech"):
         train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY])
     (tmp_path / "train/a.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY])
     (tmp_path / "x.safetensors").write_bytes(b"cut off")
     with pytest.raises(InputError, match="not a whole"):
+        load_codec(tmp_path / "x.safetensors")
+    old = {"levels": [5] * 4}  # what the settings of a MiniCodec were like before it was causal
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors",
+              {"architecture": "MiniCodec", "config": json.dumps(old)})
+    with pytest.raises(InputError, match="before it was causal"):
         load_codec(tmp_path / "x.safetensors")
