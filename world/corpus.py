@@ -462,7 +462,7 @@ def describe(p, utterances):
 def make_dialogue(seed, i, world, clips):
     """Dialogue i of the set with this seed -> (dict of the raw columns, pieces, frames)."""
     asked = {}
-    for redraw in range(20):
+    for redraw in range(200):
         p = plan(np.random.default_rng([seed, i, 0, redraw]), split_of(i), world)
         # many events may not fit in short turns: then another situation, but the same counts
         asked = asked or {key: p[key] for key in ("backchannels", "interruptions")}
