@@ -7,6 +7,7 @@ to chance: Kokoro draws nothing, and Piper's noise, low, is an input of its netw
 text's hash. Both networks also tell each symbol's duration. Needs requirements-corpus.txt; reading
 a bank does not.
 """
+import collections
 import functools
 import hashlib
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.signal import resample_poly
@@ -333,12 +335,18 @@ def encode(sentences, folder, codec_path, out, encoder):
     check_whole(folder, sentences)
     clips = [clip for clip in read_bank(folder) if clip["text"] in sentences]
     codec = load_codec(codec_path)
-    before, after = SILENCE_BEFORE * FRAME, SILENCE_AFTER * FRAME
-    codes = []
-    for clip in tqdm(clips, unit="clip"):
-        audio = np.pad(clip["audio"] / np.float32(32768), (before, after))
-        coded = codec.encode(torch.from_numpy(audio)[None])[0][0]  # (K, T)
-        codes.append(coded[:, SILENCE_BEFORE:-SILENCE_AFTER].short())
+    groups = collections.defaultdict(list)  # of clips of the same length, coded together
+    for n, clip in enumerate(clips):
+        groups[len(clip["audio"])].append(n)
+    codes = [None] * len(clips)
+    with tqdm(total=len(clips), unit="clip") as bar:
+        for group in groups.values():
+            audio = torch.tensor(np.array([clips[n]["audio"] for n in group])) / 32768
+            audio = F.pad(audio, (SILENCE_BEFORE * FRAME, SILENCE_AFTER * FRAME))
+            coded = codec.encode(audio)[0][:, :, SILENCE_BEFORE:-SILENCE_AFTER].short()  # (B, K, T)
+            for n, one in zip(group, coded):
+                codes[n] = one
+            bar.update(len(group))
     silence = codec.encode(torch.zeros(1, 40 * FRAME))[0][0, :, 20].short()
     embeddings = {}
     for voice in VOICES:

@@ -38,7 +38,7 @@ from world import bank
 from world.bank import FADE, FRAME, RATE, VOICES
 
 SECONDS = FRAME / RATE  # of a frame
-MEAN_SECONDS = 26.0  # of a dialogue; turns hours into a number of dialogues
+MEAN_SECONDS = 27.0  # of a dialogue; turns hours into a number of dialogues
 SHORTEST, LONGEST = 18.0, 34.0  # seconds of a dialogue
 TURNS = (7, 10)  # turns of a dialogue, both included, if its situation has as many
 
