@@ -1,0 +1,206 @@
+"""Streams a recording, or the microphone, to a server (serve.py's, or Moshi's); saves the answer.
+
+    python talk.py FILE.wav                      -> answer.wav, as long as FILE.wav
+    python talk.py FILE.wav url=wss://host:8998/api/chat voice=NAME narrative="You have lost a dog."
+    python talk.py                               the microphone, until Ctrl-C (needs sounddevice)
+
+The answer is placed as it would have been heard: what the server says after hearing frame k lies at
+frame k + 1. `stereo=true` writes the recording beside it. Words are printed as they come.
+"""
+import asyncio
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlencode
+
+import aiohttp
+import numpy as np
+
+from codec import read_audio, write_audio
+from config import InputError, load_settings
+from serve import (
+    ERROR,
+    FRAME,
+    FRAME_SECONDS,
+    HANDSHAKE,
+    OGG,
+    RATE,
+    TEXT,
+    OggReader,
+    OggWriter,
+    OpusDecoder,
+    OpusEncoder,
+)
+
+AHEAD = 50  # frames that may be unanswered with pace=false
+
+
+@dataclass
+class Config:
+    url: str = "ws://localhost:8998/api/chat"
+    out: str = "answer.wav"  # .wav or .flac
+    stereo: bool = False  # the answer left, what was said to it right
+    listen: float = 0.0  # seconds of silence sent after the recording
+    pace: bool = True  # as fast as it was spoken; false: as fast as the server answers
+    insecure: bool = False  # takes a certificate that nobody has signed (serve.py ssl=true)
+    # what serve.py understands; what is empty is not sent
+    voice: str = ""
+    name: str = ""
+    other: str = ""
+    narrative: str = ""
+    backchannels: str = ""
+    interruptions: str = ""
+    starts: str = ""
+    seed: str = ""
+    token: str = ""
+
+
+WISHES = ("voice", "name", "other", "narrative", "backchannels", "interruptions", "starts", "seed",
+          "token")
+
+
+class Answer:
+    """What the server has said: `frames` of (1920,), in order, and why it closed, if it did."""
+
+    def __init__(self):
+        self.frames, self.samples, self.problem = [], np.zeros(0, np.float32), ""
+        self.reader, self.decoder = OggReader(), OpusDecoder()
+        self.begun, self.came = asyncio.Event(), asyncio.Event()
+
+    async def listen(self, ws, play=None):
+        """Takes all messages until the server closes."""
+        async for message in ws:
+            kind, body = message.data[0], message.data[1:]
+            if kind == HANDSHAKE:
+                self.begun.set()
+            elif kind == TEXT:
+                print(body.decode(), end="", flush=True)
+            elif kind == ERROR:
+                self.problem = body.decode()
+            elif kind == OGG:
+                new = map(self.decoder.decode, self.reader.read(body))
+                self.samples = np.concatenate([self.samples, *new])
+                while len(self.samples) >= FRAME:
+                    self.frames.append(self.samples[:FRAME])
+                    self.samples = self.samples[FRAME:]
+                    if play:
+                        play(self.frames[-1])
+                self.came.set()
+        self.begun.set()
+        self.came.set()
+
+    async def wait_for(self, number, ws):
+        """Until so many frames have come, or the server has closed."""
+        while len(self.frames) < number and not ws.closed:
+            self.came.clear()
+            await self.came.wait()
+
+
+async def send_recording(ws, frames, answer, pace):
+    """Frames (n, 1920), each at its time by the clock (pace), then waits for the last answer."""
+    encoder, writer = OpusEncoder(), OggWriter()
+    start = time.monotonic()
+    for number, frame in enumerate(frames):
+        if pace:
+            await asyncio.sleep(max(0, start + (number + 1) * FRAME_SECONDS - time.monotonic()))
+        else:
+            await answer.wait_for(number + 1 - AHEAD, ws)
+        if ws.closed:
+            return
+        await ws.send_bytes(bytes([OGG]) + writer.write(encoder.encode(frame)))
+    await answer.wait_for(len(frames), ws)
+
+
+async def send_microphone(ws, sound, frames):
+    """The microphone's frames, which are kept in `frames`, until Ctrl-C."""
+    encoder, writer = OpusEncoder(), OggWriter()
+    heard, loop = asyncio.Queue(), asyncio.get_running_loop()
+
+    def take(data, *_):
+        loop.call_soon_threadsafe(heard.put_nowait, data[:, 0].copy())
+    try:
+        with sound.InputStream(RATE, FRAME, channels=1, dtype="float32", callback=take):
+            while not ws.closed:
+                frames.append(await heard.get())
+                await ws.send_bytes(bytes([OGG]) + writer.write(encoder.encode(frames[-1])))
+    except asyncio.CancelledError:  # Ctrl-C: what was said so far is saved
+        asyncio.current_task().uncancel()
+
+
+async def talk(cfg, frames):
+    """frames (n, 1920), or None for the microphone -> (frames said to it, frames of the answer).
+    Raises InputError if the server refuses."""
+    query = urlencode({name: getattr(cfg, name) for name in WISHES if getattr(cfg, name)})
+    answer, sound, player = Answer(), None, None
+    if frames is None:
+        sound, frames = open_sound(), []
+        player = sound.OutputStream(RATE, FRAME, channels=1, dtype="float32")
+        player.start()
+        print("speak; Ctrl-C ends it (headphones, or it hears itself)")
+    play = (lambda frame: player.write(frame[:, None])) if player else None
+    async with aiohttp.ClientSession() as http:
+        url = f"{cfg.url}?{query}"
+        check = not cfg.insecure
+        await explain_refusal(http, url, check)
+        async with http.ws_connect(url, ssl=check, max_msg_size=0, timeout=30) as ws:
+            listening = asyncio.create_task(answer.listen(ws, play))
+            if sound:
+                await send_microphone(ws, sound, frames)
+            else:
+                await answer.begun.wait()
+                await send_recording(ws, frames, answer, cfg.pace)
+            await ws.close()
+            await listening
+    if answer.problem:
+        print(f"\ntalk.py: the server: {answer.problem}", file=sys.stderr)
+    return np.array(frames).reshape(-1, FRAME), answer.frames
+
+
+async def explain_refusal(http, url, check):
+    """Raises InputError with what the server has against the query; nothing if it has nothing, or
+    is not one of ours."""
+    asked = url.replace("ws", "http", 1).replace("/api/chat", "/api/check")
+    try:
+        async with http.get(asked, ssl=check) as response:
+            if response.status in (400, 401, 403, 503):
+                raise InputError(f"the server refuses: {(await response.json())['error']}")
+    except aiohttp.ClientCertificateError as e:
+        raise InputError(f"{url}: nobody has signed its certificate; insecure=true takes it") from e
+    except (aiohttp.ClientError, ValueError) as e:
+        raise InputError(f"{url}: cannot be reached ({e}); is serve.py running there?") from e
+
+
+def open_sound():
+    try:
+        import sounddevice
+    except (ImportError, OSError) as e:  # OSError: no PortAudio
+        raise InputError(f"the microphone needs sounddevice and PortAudio ({e}); or give a "
+                         "recording: python talk.py FILE.wav") from e
+    return sounddevice
+
+
+def main(argv):
+    files = []
+    cfg = load_settings(Config, argv, files)
+    if len(files) > 1:
+        raise InputError(f"one recording at a time, not {len(files)}")
+    frames, size = None, None
+    if files:
+        audio = read_audio(files[0], sample_rate=RATE).mean(0).numpy()  # (samples,)
+        size = len(audio) + int(cfg.listen * RATE)
+        frames = np.pad(audio, (0, size + -size % FRAME - len(audio))).reshape(-1, FRAME)
+    said, answered = asyncio.run(talk(cfg, frames))
+    size = size or said.size
+    answer = np.concatenate([np.zeros(FRAME), *answered])[:size]
+    answer = np.pad(answer, (0, size - len(answer)))
+    channels = [answer, said.ravel()[:size]] if cfg.stereo else [answer]
+    write_audio(Path(cfg.out), np.stack(channels), RATE)
+    print(f"\n{cfg.out}: {size / RATE:.2f} s, {len(answered)} frames for {len(said)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as e:
+        sys.exit(f"talk.py: {e}")

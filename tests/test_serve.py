@@ -1,0 +1,342 @@
+"""serve.py by its echo mode, with clients as the field's are. No model, loopback only."""
+import asyncio
+import itertools
+import json
+import struct
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sphn", reason="needs requirements-live.txt")
+websockets = pytest.importorskip("websockets", reason="needs requirements-live.txt")
+test_utils = pytest.importorskip("aiohttp.test_utils", reason="needs requirements-live.txt")
+
+import serve  # noqa: E402  behind what it needs
+
+RATE, FRAME = serve.RATE, serve.FRAME
+
+
+def run(client, **settings):
+    """`await client(server)` against an echo server in this process: (its address, its Server)."""
+    async def both():
+        cfg = serve.Config(mode="echo", **settings)
+        app = serve.make_app(cfg, serve.Echo(cfg), cfg.slots or 4)
+        async with test_utils.TestServer(app) as server:
+            return await client(f"ws://127.0.0.1:{server.port}/api/chat", app[serve.SERVER])
+    return asyncio.run(asyncio.wait_for(both(), 120))
+
+
+def connect(address, **query):
+    address += "?" + "&".join(f"{key}={value}" for key, value in query.items())
+    return websockets.connect(address, close_timeout=60)
+
+
+async def everything(client):
+    """All messages until the server closes, whatever the code."""
+    received = []
+    try:
+        while True:
+            received.append(await client.recv())
+    except websockets.ConnectionClosed:
+        return received
+
+
+def beeps():
+    """6.03 s at 24 kHz with 10 ms of 1 kHz at 1, 2, ... 5 s."""
+    audio = np.zeros(144720, np.float32)
+    for second in range(1, 6):
+        audio[second * RATE:second * RATE + 240] = 0.5 * np.sin(np.arange(240) * 2 * np.pi / 24)
+    return audio
+
+
+def in_frames(audio):
+    return np.pad(audio, (0, -len(audio) % FRAME)).reshape(-1, FRAME)
+
+
+def pages(audio, layout="bench"):
+    """`audio` as messages of a client: bench (head, tags, then a page per frame), web (two 20 ms
+    packets per page), v2 (one), whole (headers and all audio in the first messages together), cut
+    (pages in pieces)."""
+    encoder, number = serve.OpusEncoder(), itertools.count()
+    size = {"web": 2, "v2": 1}.get(layout, 4)
+    writer = serve.OggWriter()
+    head = writer.headers()
+    second = head.index(b"OggS", 4)
+    made = [head[:second], head[second:]]
+    next(number), next(number)
+    for frame in in_frames(audio):
+        packets = encoder.encode(frame)
+        for i in range(0, len(packets), size):
+            writer.granule += 480 * size * 2
+            made.append(serve.ogg_page(packets[i:i + size], 0, writer.granule, writer.serial,
+                                       next(number)))
+    if layout == "whole":
+        made = [b"".join(made[:10]), *made[10:]]
+    if layout == "cut":
+        stream = b"".join(made)
+        made = [stream[i:i + 100] for i in range(0, len(stream), 100)]
+    return [b"\x01" + page for page in made]
+
+
+async def speak(address, messages, **query):
+    """Sends the messages, closes with 1000 and keeps what comes until the end: (kinds, samples)."""
+    reader, decoder = serve.OggReader(), serve.OpusDecoder()
+    async with connect(address, **query) as client:
+        listening = asyncio.create_task(everything(client))
+        for message in messages:
+            await client.send(message)
+            await asyncio.sleep(0)
+        await client.close()
+        received = await listening
+    packets = reader.read(b"".join(m[1:] for m in received if m[0] == serve.OGG))
+    return [m[0] for m in received], np.concatenate([np.zeros(0), *map(decoder.decode, packets)])
+
+
+def lag(heard, said):
+    """Milliseconds by which `heard` follows `said`."""
+    size = 1 << 19
+    both = np.fft.irfft(np.fft.rfft(heard, size) * np.fft.rfft(said, size).conj())
+    return np.argmax(both[:RATE]) / RATE * 1000
+
+
+@pytest.mark.parametrize("slow", [0.0, 0.02])
+def test_alignment(slow, monkeypatch):
+    """What Full-Duplex-Bench's client does, too late by two messages and closing at once; the
+    backlog is answered before the close."""
+    monkeypatch.setattr(serve, "DRAIN_SECONDS", 60)  # for slow machines
+    sent = pages(beeps())
+    kinds, pcm = run(lambda address, _: speak(address, sent[:77]), slow=slow)
+    assert len(sent) == 78 and kinds[0] == serve.HANDSHAKE
+    assert kinds.count(serve.OGG) == 75  # 77 messages are 75 frames
+    pcm = np.concatenate([np.zeros(FRAME), pcm])[:144720]  # its rule: a frame of zeros in front
+    pcm = np.pad(pcm, (0, 144720 - len(pcm)))
+    assert abs(lag(pcm, beeps()) - 92.9) < 0.2
+
+
+@pytest.mark.parametrize("layout", ["web", "v2", "whole", "cut"])
+def test_layouts_of_ogg(layout):
+    audio = beeps()[:RATE * 2]
+    _, pcm = run(lambda address, _: speak(address, pages(audio, layout)))
+    assert len(pcm) == len(in_frames(audio)) * FRAME
+    assert abs(lag(pcm, audio) - 12.9) < 0.2
+
+
+def test_output_works_everywhere():
+    """BOS first, then tags, audio from page 2; one serial, right sums, whole pages, 20 ms."""
+    messages = []
+
+    async def client(address, _):
+        async with connect(address) as ws:
+            for message in pages(beeps()[:FRAME * 3]):
+                await ws.send(message)
+            for _ in range(4):
+                messages.append(await ws.recv())
+    run(client)
+    assert messages[0] == b"\x00" and all(m[0] == 1 for m in messages[1:])
+    at, stream, found = 0, b"".join(m[1:] for m in messages[1:]), []
+    while at < len(stream):
+        head = struct.unpack_from("<4sBBqIIIB", stream, at)
+        lacing = stream[at + 27:at + 27 + head[7]]
+        page = stream[at:at + 27 + len(lacing) + sum(lacing)]
+        assert head[0] == b"OggS" and serve.ogg_crc(page[:22] + bytes(4) + page[26:]) == head[6]
+        found.append((head[2], head[3], head[5], len(lacing), head[4]))
+        at += len(page)
+    assert [f[:3] for f in found] == [(2, 0, 0), (0, 0, 1), (0, 3840, 2), (0, 7680, 3),
+                                      (0, 11520, 4)]
+    assert [f[3] for f in found] == [1, 1, 4, 4, 4] and len({f[4] for f in found}) == 1
+    assert messages[1].count(b"OggS") == 3  # the headers with the first audio
+
+
+def test_our_formats():
+    frames = in_frames(beeps()[:FRAME * 20])
+
+    async def client(address, form):
+        async with connect(address, format=form, events="true") as ws:
+            encoder, decoder, pcm, events = serve.OpusEncoder(), serve.OpusDecoder(), [], []
+            for frame in frames:
+                if form == "pcm":
+                    await ws.send(b"\x08" + (frame * 32767).astype("<i2").tobytes())
+                else:
+                    packets = [struct.pack("<H", len(p)) + p for p in encoder.encode(frame)]
+                    await ws.send(b"\x09" + b"".join(packets))
+            while len(pcm) < len(frames):
+                message = await ws.recv()
+                if message[0] == serve.EVENT:
+                    events.append(json.loads(message[1:]))
+                elif message[0] == serve.PCM:
+                    pcm.append(np.frombuffer(message[1:], "<i2") / 32767)
+                elif message[0] == serve.PACKETS:
+                    pcm.append(np.concatenate([decoder.decode(p) for p in
+                                               serve.split_packets(message[1:])]))
+            return np.concatenate(pcm), events
+    pcm, events = run(lambda address, _: client(address, "pcm"))
+    assert np.abs(pcm - frames.ravel()).max() < 1e-3
+    assert events[0]["event"] == "begin" and events[0]["limit_frames"] == 22500
+    pcm, _ = run(lambda address, _: client(address, "opus"))
+    assert abs(lag(pcm, frames.ravel()) - 12.9) < 0.2
+
+
+@pytest.mark.parametrize("query, name, status", [
+    ("seed=x", "seed", 400), ("text_temperature=nan", "text_temperature", 400),
+    ("audio_topk=-1", "audio_topk", 400), ("voice_prompt=../../etc/passwd", "voice_prompt", 400),
+    ("starts=perhaps", "starts", 400), ("narativ=x", "narativ", 400),
+    ("seed=1&seed=2", "seed", 400),
+    ("text_prompt=" + "x" * 1001, "text_prompt", 400), ("format=mp3", "format", 400),
+    ("backchannels=1e9", "backchannels", 400), ("seed=1&token=wrong", "token", 401)])
+def test_wrong_parameters_are_named(query, name, status):
+    async def client(address, server):
+        with pytest.raises(websockets.InvalidStatus) as refused:
+            await websockets.connect(f"{address}?{query}")
+        return refused.value.response
+    response = run(client, token="secret" if status == 401 else "")
+    assert response.status_code == status and json.loads(response.body)["parameter"] == name
+
+
+def test_what_stock_clients_send_is_understood():
+    voices = ["a", "b"]
+    moshi = ("text_temperature=0.7&text_topk=25&audio_temperature=0.8&audio_topk=250&pad_mult=0&"
+             "text_seed=7&audio_seed=8&repetition_penalty_context=64&repetition_penalty=1.0")
+    wishes = serve.read_wishes(dict(pair.split("=") for pair in moshi.split("&")), voices)
+    assert (wishes["seed"], wishes["audio_topk"], wishes["text_temperature"]) == (7, 250, 0.7)
+    wishes = serve.read_wishes({"text_prompt": "<system> You enjoy having a good conversation. "
+                                "<system>", "voice_prompt": "NATF1.pt"}, voices)
+    assert wishes["narrative"] == "You enjoy having a good conversation." and wishes["voice"] == "b"
+    assert serve.read_wishes({"text_prompt": ""}, voices)["narrative"]
+
+
+def test_settings_as_a_first_message():
+    async def client(address, server):
+        async with connect(address, events="true") as ws:
+            await ws.send(b'\x03{"text_prompt": "Be kind.", "seed": 5, "format": "pcm"}')
+            await ws.send(b"\x08" + bytes(2 * FRAME))
+            kinds = [(await ws.recv())[0] for _ in range(3)]
+            (session,) = server.sessions
+            wishes = session.wishes
+        async with connect(address) as ws:
+            await ws.send(b'\x03{"seed": "x"}')
+            await ws.wait_closed()
+            return kinds, wishes, ws.close_code
+    kinds, wishes, code = run(client)
+    assert kinds == [serve.HANDSHAKE, serve.EVENT, serve.PCM] and code == 1008
+    assert (wishes["narrative"], wishes["seed"]) == ("Be kind.", 5)
+
+
+def test_others_hear_the_same_beside_faulty_clients(monkeypatch):
+    """Rubbish, half a page, vanishing, a stall and a flood beside a good client."""
+    monkeypatch.setattr(serve, "DRAIN_SECONDS", 60)
+    good = pages(beeps()[:RATE * 2])
+
+    async def faulty(address, messages, vanish=False):
+        async with connect(address) as ws:
+            for message in messages:
+                await ws.send(message)
+            if vanish:
+                ws.transport.abort()
+                return
+            await asyncio.sleep(0.2)
+
+    async def client(address, server):
+        alone = await speak(address, good)
+        rng = np.random.default_rng(0)
+        rubbish = [b"", b"\x01", b"\x01OggS", b"\xff" * 50, b"\x03\x00", b"\x09\xff\xff\x01",
+                   b"\x08\x00", b"\x01" + rng.bytes(3000), b"\x01" + b"OggS" * 2000]
+        torn = [page[:len(page) // 2] for page in good]
+        flood = [b"\x08" + bytes(60000)] * 60
+        others = [faulty(address, rubbish), faulty(address, torn),
+                  faulty(address, good[:9], vanish=True)]
+        beside, *_ = await asyncio.gather(speak(address, good), *others, return_exceptions=True)
+        await asyncio.gather(faulty(address, flood), return_exceptions=True)
+        for _ in range(50):
+            if not server.sessions:
+                break
+            await asyncio.sleep(0.02)
+        assert not server.sessions and not server.queue  # all slots are free again
+        return alone, beside
+    (kinds, alone), (kinds_beside, beside) = run(client)
+    assert kinds == kinds_beside and kinds.count(serve.OGG) == 25
+    assert np.array_equal(alone, beside)
+
+
+def test_queue_and_503():
+    async def client(address, server):
+        http = address.replace("ws:", "http:").removesuffix("/api/chat")
+        frame = b"\x08" + bytes(2 * FRAME)
+        async with connect(address) as first:
+            assert await first.recv() == b"\x00"
+            second = await connect(address, format="pcm")
+            await second.send(frame)  # before its handshake, and not lost
+            third = await connect(address, events="true")
+            assert json.loads((await third.recv())[1:]) == {"event": "queue", "position": 2}
+            with pytest.raises(websockets.InvalidStatus) as refused:
+                await connect(address)
+            response = refused.value.response
+            assert response.status_code == 503 and int(response.headers["Retry-After"]) > 0
+            health = await get(http + "/health")
+            assert (health["slots"], health["free"], health["queue"]) == (1, 0, 2)
+        assert [(await second.recv())[0] for _ in range(2)] == [serve.HANDSHAKE, serve.PCM]
+        assert json.loads((await third.recv())[1:])["position"] == 1
+        await second.close()
+        assert await third.recv() == b"\x00"
+        await third.close()
+        return await get(http + "/metrics", text=True)
+    text = run(client, slots=1, queue=2)
+    assert "nanofactor_slots 1.0" in text and 'nanofactor_ends_total{why="closed"}' in text
+    assert "nanofactor_latency_seconds_count 1.0" in text
+
+
+async def get(url, text=False, **headers):
+    async with test_utils.ClientSession() as http, http.get(url, headers=headers) as response:
+        return await (response.text() if text else response.json())
+
+
+def test_the_limit_is_announced_and_ends_with_a_text():
+    async def client(address, server):
+        async with connect(address, format="pcm") as ws:
+            await ws.send(b"\x08" + bytes(2 * FRAME * 8))
+            return await everything(ws), ws.close_code
+    received, code = run(client, minutes=5 * 0.08 / 60)
+    assert [m[0] for m in received] == [0, 8, 8, 8, 8, 8, 5, 2] and code == 1000
+    assert b"limit" in received[-1]
+
+
+def test_a_silent_client_loses_its_slot():
+    async def client(address, server):
+        async with connect(address) as ws:
+            return await everything(ws), len(server.sessions)
+    received, left = run(client, idle=0.2)
+    assert b"no audio" in received[-1] and left == 0
+
+
+def test_pages_of_other_sites_may_not_connect():
+    async def client(address, server):
+        http = address.replace("ws:", "http:").replace("chat", "check")
+        mine = http.removesuffix("/api/check")
+        return [await get(http, Origin=origin) for origin in
+                ("http://evil.example", mine, "http://friend.example")]
+    answers = run(client, origins="http://friend.example")
+    assert answers[0]["parameter"] == "Origin" and answers[1:] == [{"ok": True}] * 2
+
+
+def test_ssl_makes_a_certificate_or_refuses(tmp_path, monkeypatch):
+    cfg = serve.Config(ssl=True, certificate=str(tmp_path / "tls"))
+    assert serve.tls_context(cfg).cert_store_stats() is not None
+    assert (tmp_path / "tls" / "key.pem").stat().st_mode & 0o77 == 0
+    (tmp_path / "tls" / "cert.pem").write_text("rubbish")
+    with pytest.raises(serve.InputError, match="cannot be used"):
+        serve.tls_context(cfg)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(serve.InputError, match="pip install cryptography"):
+        serve.tls_context(serve.Config(ssl=True, certificate=str(tmp_path / "other")))
+
+
+def test_a_failing_model_leaves_nobody_waiting():
+    async def client(address, server):
+        def broken(*_):
+            raise RuntimeError("broken")
+        server.engine.tick, server.stop = broken, lambda: None
+        async with connect(address, format="pcm") as ws:
+            await ws.send(b"\x08" + bytes(2 * FRAME))
+            return await everything(ws), ws.close_code, server.failure
+    received, code, failure = run(client)
+    assert code == 1011 and b"stopped" in received[-1] and isinstance(failure, RuntimeError)
