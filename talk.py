@@ -14,25 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlencode
 
-import aiohttp
 import numpy as np
 
 from codec import read_audio, write_audio
 from config import InputError, load_settings
-from serve import (
-    ERROR,
-    FRAME,
-    FRAME_SECONDS,
-    HANDSHAKE,
-    OGG,
-    RATE,
-    TEXT,
-    OggReader,
-    OggWriter,
-    OpusDecoder,
-    OpusEncoder,
-)
+from ogg import FRAME, FRAME_SECONDS, RATE, OggReader, OggWriter, OpusDecoder, OpusEncoder
 
+try:
+    import aiohttp
+except ImportError:
+    sys.exit("talk.py: aiohttp is missing; python -m pip install -r requirements-live.txt")
+
+HANDSHAKE, OGG, TEXT, ERROR = 0, 1, 2, 5  # kinds of messages, as in serve.py
 AHEAD = 50  # frames that may be unanswered with pace=false
 
 

@@ -12,9 +12,9 @@ pytest.importorskip("sphn", reason="needs requirements-live.txt")
 websockets = pytest.importorskip("websockets", reason="needs requirements-live.txt")
 test_utils = pytest.importorskip("aiohttp.test_utils", reason="needs requirements-live.txt")
 
-import serve  # noqa: E402  behind what it needs
-
-RATE, FRAME = serve.RATE, serve.FRAME
+import ogg  # noqa: E402  behind what they need
+import serve  # noqa: E402
+from ogg import FRAME, RATE  # noqa: E402
 
 
 def run(client, **settings):
@@ -58,9 +58,9 @@ def pages(audio, layout="bench"):
     """`audio` as messages of a client: bench (head, tags, then a page per frame), web (two 20 ms
     packets per page), v2 (one), whole (headers and all audio in the first messages together), cut
     (pages in pieces)."""
-    encoder, number = serve.OpusEncoder(), itertools.count()
+    encoder, number = ogg.OpusEncoder(), itertools.count()
     size = {"web": 2, "v2": 1}.get(layout, 4)
-    writer = serve.OggWriter()
+    writer = ogg.OggWriter()
     head = writer.headers()
     second = head.index(b"OggS", 4)
     made = [head[:second], head[second:]]
@@ -69,7 +69,7 @@ def pages(audio, layout="bench"):
         packets = encoder.encode(frame)
         for i in range(0, len(packets), size):
             writer.granule += 480 * size * 2
-            made.append(serve.ogg_page(packets[i:i + size], 0, writer.granule, writer.serial,
+            made.append(ogg.ogg_page(packets[i:i + size], 0, writer.granule, writer.serial,
                                        next(number)))
     if layout == "whole":
         made = [b"".join(made[:10]), *made[10:]]
@@ -81,7 +81,7 @@ def pages(audio, layout="bench"):
 
 async def speak(address, messages, **query):
     """Sends the messages, closes with 1000 and keeps what comes until the end: (kinds, samples)."""
-    reader, decoder = serve.OggReader(), serve.OpusDecoder()
+    reader, decoder = ogg.OggReader(), ogg.OpusDecoder()
     async with connect(address, **query) as client:
         listening = asyncio.create_task(everything(client))
         for message in messages:
@@ -139,7 +139,7 @@ def test_output_works_everywhere():
         head = struct.unpack_from("<4sBBqIIIB", stream, at)
         lacing = stream[at + 27:at + 27 + head[7]]
         page = stream[at:at + 27 + len(lacing) + sum(lacing)]
-        assert head[0] == b"OggS" and serve.ogg_crc(page[:22] + bytes(4) + page[26:]) == head[6]
+        assert head[0] == b"OggS" and ogg.ogg_crc(page[:22] + bytes(4) + page[26:]) == head[6]
         found.append((head[2], head[3], head[5], len(lacing), head[4]))
         at += len(page)
     assert [f[:3] for f in found] == [(2, 0, 0), (0, 0, 1), (0, 3840, 2), (0, 7680, 3),
@@ -153,7 +153,7 @@ def test_our_formats():
 
     async def client(address, form):
         async with connect(address, format=form, events="true") as ws:
-            encoder, decoder, pcm, events = serve.OpusEncoder(), serve.OpusDecoder(), [], []
+            encoder, decoder, pcm, events = ogg.OpusEncoder(), ogg.OpusDecoder(), [], []
             for frame in frames:
                 if form == "pcm":
                     await ws.send(b"\x08" + (frame * 32767).astype("<i2").tobytes())
@@ -340,3 +340,93 @@ def test_a_failing_model_leaves_nobody_waiting():
             return await everything(ws), ws.close_code, server.failure
     received, code, failure = run(client)
     assert code == 1011 and b"stopped" in received[-1] and isinstance(failure, RuntimeError)
+
+
+# ---- with a model ----
+
+
+@pytest.fixture(scope="module")
+def talk_settings(tmp_path_factory):
+    """Settings of a server with a tiny random model and codec."""
+    import torch
+    from conftest import GOLDEN
+
+    from codec import MiniCodec, save_minicodec
+    from model import FActor, load_checkpoint, save_checkpoint
+    folder = tmp_path_factory.mktemp("live")
+    torch.manual_seed(0)
+    codec = MiniCodec(step_channels=(16, 16), frame_channels=32)
+    save_minicodec(codec, folder / "codec.safetensors")
+    small, tokenizer, fmt, _ = load_checkpoint(GOLDEN / "checkpoint")
+    model = FActor(small.backbone, codec.num_codebooks, codec.codebook_size, 192)
+    fmt.codebook_size = codec.codebook_size
+    save_checkpoint(folder / "model", model, tokenizer, fmt, {})
+    (folder / "voices.json").write_text(json.dumps({"a": [0.1] * 192, "b": [-0.1] * 192}))
+    return {"model": str(folder / "model"), "codec": str(folder / "codec.safetensors"),
+            "voices": str(folder / "voices.json"), "slots": 3}
+
+
+def test_sessions_share_a_batch_and_change_nothing_of_each_other(talk_settings):
+    talk = serve.Talk(serve.Config(**talk_settings))
+    sound = np.random.default_rng(0).normal(0, 0.1, (12, FRAME)).astype(np.float32)
+
+    def guest(seed, **query):
+        return serve.Guest(serve.read_wishes({"seed": seed, **query}, talk.voices))
+    one = guest("1", narrative="You lost your keys.")
+    alone = [talk.tick([one], frame[None]) for frame in sound]
+    talk.leave(one)
+    first, second, third = guest("2", voice="b"), guest("1", narrative="You lost your keys."), None
+    beside = []
+    for k, frame in enumerate(sound):  # with one that comes earlier, one that waits, one that goes
+        together = [first, second] if k % 3 else [second]
+        if k == 5:
+            third = guest("3", text_topk="1")
+        if third and k < 9:
+            together = [third, *together]
+        if k == 9:
+            talk.leave(first)
+        if k >= 9:
+            together = [second]
+        said, words = talk.tick(together, np.stack([frame] * len(together)))
+        beside.append((said[together.index(second)], words[together.index(second)]))
+    for (said, words), (said_beside, words_beside) in zip(alone, beside):
+        assert np.array_equal(said[0], said_beside) and words[0] == words_beside
+        assert said[0].shape == (FRAME,)
+
+
+def test_a_conversation_is_recorded_as_generate_writes_it(talk_settings, tmp_path, monkeypatch):
+    class AtOnce:
+        submit = staticmethod(lambda function, job: function(job))
+    talk = serve.Talk(serve.Config(**talk_settings, record=str(tmp_path)))
+    monkeypatch.setattr(serve.Talk, "writer", AtOnce)
+    guest = serve.Guest(serve.read_wishes({"seed": "1", "name": "Ada"}, talk.voices))
+    guest.recorded = True
+    heard = np.zeros((6, FRAME), np.float32)
+    heard[2] = 0.5
+    for frame in heard:
+        talk.tick([guest], frame[None])
+    talk.leave(guest)
+    import soundfile
+    (stem,) = tmp_path.glob("*.json")
+    audio, rate = soundfile.read(stem.with_suffix(".wav"))
+    record = json.loads(stem.read_text())
+    assert rate == 22050 and audio.shape == (7 * 1764, 2)
+    assert np.abs(audio[2 * 1764 + 100:3 * 1764 - 100, 1] - 0.5).max() < 0.02  # where it was said
+    assert [np.shape(codes) for codes in record["codes"]] == [(4, 7), (4, 7)]
+    assert record["speakers"][0]["name"] == "Ada" and stem.with_suffix(".png").exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_resampling_piece_by_piece_is_resampling():
+    import scipy.signal
+    time = np.arange(FRAME * 8) / RATE
+    tone = np.sin(2 * np.pi * 440 * time).astype(np.float32)
+    for rate_in, rate_out in ((RATE, 22050), (22050, RATE)):
+        there = serve.Resampler(rate_in, rate_out)
+        size = round(rate_in * 0.08)
+        source = tone[:size * 8]
+        pieces = np.concatenate([there(piece) for piece in source.reshape(8, size)])
+        whole = scipy.signal.resample_poly(source, there.up, there.down)
+        late = there.delay
+        assert len(pieces) == round(rate_out * 0.08) * 8
+        assert np.abs(pieces[late + 200:-200] - whole[200:len(whole) - late - 200]).max() < 1e-3
