@@ -581,7 +581,9 @@ class Session:
             self.ended = self.ended or "closed"
             self.out.put_nowait((WSCloseCode.OK, b""))
             await asyncio.wait([sender], timeout=5)
-            sender.cancel()
+            if not sender.done():  # nobody fetches what is sent
+                sender.cancel()
+                self.transport.abort()
 
     async def listen(self):
         """Takes messages until the close, whose code it returns."""
