@@ -7,18 +7,18 @@ One dialogue, as a row of the released columns, becomes, seen from one of its tw
     text    the system's words, on the frames where they are spoken, pads elsewhere  (T,)
 
     audio row   D  D  a0 a1 a2 a3 ...  E     D = delay id (C), a = codes 0..C-1, E = end id (C+1)
-    text row    t0 t1 t2 t3 ...  S  S  eot   S = silence pad: text leads audio by the delay d, here 2
+    text row    t0 t1 t2 t3 ...  S  S  eot   S = silence pad: text leads audio by the delay, here 2
 
 The paper's words:
-    system, user   the speaker that the model plays, and the one that it hears; both sides of a dialogue are learnt from
+    system, user   the speaker that the model plays, and the one that it hears
     frame          80 ms, 12.5 a second; T frames in a dialogue, P tokens in a prompt
     DAU            discrete audio unit: one code, of one codebook in one frame
     K, C           codebooks of the codec, and codes of each: 4 and 4032 of the paper's NanoCodec
     d              the delay: in frame t stands the audio of time t-d, but the text of time t
-    IPU            inter-pausal unit: speech of one speaker between two silences of 0.2 s or more (turns.py)
+    IPU            inter-pausal unit: one speaker's speech between silences of 0.2 s or more
 
-Why text leads: the heads predict text and audio of a frame in parallel, from one hidden state. So the audio of a frame
-cannot know the text of the same frame; only *earlier* text can steer it.
+Why text leads: the heads predict text and audio of a frame in parallel, from one hidden state. So
+the audio of a frame cannot know the text of the same frame; only *earlier* text can steer it.
 
 `python data.py` prints the prompt of a test dialogue and draws a piece of its streams.
 """
@@ -77,8 +77,8 @@ class StreamFormat:
         if self.alignment not in ("word", "utterance", "none"):
             raise InputError(f"alignment is '{self.alignment}'; use word, utterance or none")
         if self.delay < 0 or self.max_frames < 1:
-            raise InputError(f"delay={self.delay} and max_frames={self.max_frames}: a delay is 0 or "
-                             "more frames, max_frames at least 1")
+            raise InputError(f"delay={self.delay} and max_frames={self.max_frames}: a delay is 0 "
+                             "or more frames, max_frames at least 1")
 
 
 def stored_format(config):
@@ -351,7 +351,8 @@ def load_dialogues(source, split, streaming=False):
             loaded = datasets.load_dataset("parquet", data_files=files, split="train",
                                            streaming=streaming)
         elif Path(source).exists():
-            raise InputError(f"{source}: no {split}-*.parquet here; prepare.py writes such a folder")
+            raise InputError(f"{source}: no {split}-*.parquet here; prepare.py writes such a "
+                             "folder")
         else:
             loaded = datasets.load_dataset(source, split=split, streaming=streaming)
         columns = loaded.column_names or list(next(iter(loaded)))  # a stream may not know them yet
@@ -393,9 +394,9 @@ def check_dialogue(dialogue, fmt):
         check_codes(dialogue, fmt)
         check_times(dialogue, fmt)
         check_prompt(dialogue, fmt)
+    except InputError:
+        raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
         raise InputError(f"something is missing or of another form: {type(e).__name__}: "
                          f"{e}; prepare it again") from e
 
@@ -412,7 +413,8 @@ def check_codes(dialogue, fmt):
     codes = np.array(sides)  # (2, K, T)
     if codes.dtype.kind != "i" or codes.min() < 0 or codes.max() >= fmt.codebook_size:
         raise InputError(f"codes from {codes.min()} to {codes.max()} are outside "
-                         f"0..{fmt.codebook_size - 1}; set codebook_size to that of the data's codec")
+                         f"0..{fmt.codebook_size - 1}; set codebook_size to that of the data's "
+                         "codec")
     end = dialogue["utterances"][-1]["end_time"] if dialogue["utterances"] else 0
     if not is_number(end) or end <= 0:
         raise InputError("has no utterances, or no end_time of the last one; prepare it again")
@@ -428,7 +430,7 @@ def check_times(dialogue, fmt):
     begin = 0
     for utterance in dialogue["utterances"]:
         if utterance["speaker_idx"] not in (0, 1):
-            raise InputError(f"an utterance's speaker_idx is {utterance['speaker_idx']}, not 0 or 1")
+            raise InputError(f"the speaker_idx {utterance['speaker_idx']} is not 0 or 1")
         for segment in (utterance, *utterance["backchannels"]):
             check_segment(segment, fmt)
         if utterance["start_time"] < begin:
@@ -522,8 +524,8 @@ class Dialogues(torch.utils.data.Dataset):
         texts = [(item["prompt"].int(), item["text"].int(), item["speaker"]) for item in sides]
         shape = len(audio), [len(item["speaker"]) for item in sides]
         if self.kept and shape != self.shape:
-            raise InputError(f"has {shape[0]} rows of codes and {shape[1]} speaker numbers, the first "
-                             f"one had {self.shape[0]} and {self.shape[1]}; prepare all alike")
+            raise InputError(f"has {shape[0]} rows of codes and {shape[1]} speaker numbers, the "
+                             f"first one {self.shape[0]} and {self.shape[1]}; prepare all alike")
         self.shape = shape
         self.kept.append((audio, texts))
         self.lengths.append(audio.shape[1])
@@ -556,8 +558,8 @@ class Dialogues(torch.utils.data.Dataset):
             lines.append(f"{self.seconds_used / 3600:.2f} of {self.seconds / 3600:.2f} hours are "
                          "used, the rest is behind max_frames")
         if not self.marked:
-            lines.append(f"no backchannels or interruptions are marked in {len(self)} of {len(self)} "
-                         "dialogues; the prompts all say 0")
+            lines.append("no backchannels or interruptions are marked in any of the "
+                         f"{len(self)} dialogues; the prompts all say 0")
         return lines
 
 
@@ -581,8 +583,7 @@ def stream_items(dialogues, tokenizer, fmt, seed, rank=0, world=1, place=(0, 0, 
         for dialogue in itertools.islice(order, read, None):  # .skip would skip before it splits
             read += 1
             name = dialogue_name(dialogue)
-            first_side = random.Random(f"{seed}/{dialogue['soda_index']}").randrange(2)
-            side = (first_side + epoch) % 2
+            side = (random.Random(f"{seed}/{name}").randrange(2) + epoch) % 2
             try:
                 check_dialogue(dialogue, fmt)
                 item = streams(dialogue, side, tokenizer, fmt)
@@ -596,8 +597,8 @@ def stream_items(dialogues, tokenizer, fmt, seed, rank=0, world=1, place=(0, 0, 
             useful = True
             yield item, (epoch, read, dropped)
         if not useful:
-            raise InputError(f"process {rank} of {world} got {read} dialogues, and none can be laid "
-                             f"out as streams{reason}; use fewer processes or other data")
+            raise InputError(f"process {rank} of {world} got {read} dialogues, and none can be "
+                             f"laid out as streams{reason}; use fewer processes or other data")
         epoch, read = epoch + 1, 0
 
 
@@ -609,16 +610,15 @@ def epoch_batches(lengths, batch_size, epoch, seed):
     which doubles the data (the authors draw one side once). Dialogues of like length share a batch,
     so that little is padding. A last batch that is not full is left out in this epoch.
     """
-    # sides
     rng = random.Random(seed)
     sides = [(rng.randrange(2) + epoch) % 2 for _ in lengths]
-    # buckets: by length, near-ties shuffled
     rng = random.Random(f"{seed}/{epoch}")
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i] + rng.uniform(-8, 8))  # frames
-    # the remainder is left out at both ends, else it would always be the longest
-    skip = rng.randrange(len(order) % batch_size + 1)
-    starts = range(skip, len(order) - batch_size + 1, batch_size)
-    batches = [[(i, sides[i]) for i in order[k:k + batch_size]] for k in starts]
+    buckets = sorted(range(len(lengths)), key=lambda i: lengths[i] + rng.uniform(-8, 8))  # frames
+    remainder = len(lengths) % batch_size
+    skip = rng.randrange(remainder + 1)  # of it at the short end, the rest at the long one
+    kept = buckets[skip:len(buckets) - (remainder - skip)]
+    batches = [[(i, sides[i]) for i in kept[k:k + batch_size]]
+               for k in range(0, len(kept), batch_size)]
     rng.shuffle(batches)
     return batches
 

@@ -1,9 +1,10 @@
-"""F-Actor (paper section 4): a Llama-like language model that reads and predicts two speakers' audio
-codes and one's text.
+"""F-Actor (paper section 4): a Llama-like language model that reads and predicts two speakers'
+audio codes and one's text.
 
     sequence    [speaker vector] [prompt tokens ...] [frame 0] [frame 1] ...
     at a frame  x = sum over both speakers and all codebooks of Embed(code) + Embed(text token)
-    heads       H -> 2K x (C+2) audio logits (one linear layer), H -> text logits (the backbone's own head)
+    heads       H -> 2K x (C+2) audio logits (one linear layer)
+                H -> text logits (the backbone's own head)
 
 Every position predicts the next frame, so the prompt's last position predicts frame 0.
 """
@@ -53,7 +54,8 @@ class FActor(nn.Module):
         self.cache_argument = "cache" if "cache" in known else "past_key_values"
 
     def embed_frames(self, audio, text):
-        """audio (B, 2K, T) and text (B, T) ids -> (B, T, hidden): the sum of paper section 4, text included."""
+        """audio (B, 2K, T) and text (B, T) ids -> (B, T, hidden): the sum of paper section 4, text
+        included."""
         x = self.backbone.get_input_embeddings()(text)
         for row, table in enumerate(self.audio_embeds):
             x = x + table(audio[:, row])
@@ -202,19 +204,19 @@ def cross_entropy(hidden, weight, bias, target):
 
 
 def masked_mean(values, mask):
-    """values, mask (B, T) -> scalar: mean over an item's unmasked positions, then over the items."""
+    """values, mask (B, T) -> scalar: mean over an item's unmasked positions, then over items."""
     return ((values * mask).sum(1) / mask.sum(1)).mean()
 
 
 def new_model(backbone, num_codebooks, codebook_size, speaker_size, tokenizer):
-    """An untrained FActor around `backbone`, whose vocabulary is extended to the tokenizer's length."""
+    """An untrained FActor around `backbone`, its vocabulary extended to the tokenizer's length."""
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         backbone.resize_token_embeddings(len(tokenizer))
     return FActor(backbone, num_codebooks, codebook_size, speaker_size)
 
 
 def save_checkpoint(folder, model, tokenizer, fmt, extra, dtype=None):
-    """Write a checkpoint in the released layout: config.json, model.safetensors, the tokenizer's files.
+    """Write a checkpoint in the released layout: config.json, model.safetensors, tokenizer files.
 
     The config is the backbone's, with the entries that the authors' program reads and ours:
     `stream_format` (data.StreamFormat) and what `extra` holds. dtype: of the stored weights
@@ -227,18 +229,20 @@ def save_checkpoint(folder, model, tokenizer, fmt, extra, dtype=None):
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    tied = model.backbone.config.tie_word_embeddings
     tensors = {name.removeprefix("backbone."): tensor.detach().to("cpu", dtype).contiguous()
-               for name, tensor in model.state_dict().items() if not (tied and name == "backbone.lm_head.weight")}
+               for name, tensor in model.state_dict().items()}
+    if model.backbone.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
     save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
     config = model.backbone.config.to_dict() | {
-        "architectures": ["DSULlama"], "num_dsus": model.num_codebooks, "audio_vocab_size": model.codebook_size,
-        "text_stream": True, "multi_text_stream": False, "calc_loss_on_c1_only": False,
-        "use_speaker_embedding": model.speaker_size > 0, "stream_format": vars(fmt), **extra}
+        "architectures": ["DSULlama"], "num_dsus": model.num_codebooks,
+        "audio_vocab_size": model.codebook_size, "text_stream": True, "multi_text_stream": False,
+        "calc_loss_on_c1_only": False, "use_speaker_embedding": model.speaker_size > 0,
+        "stream_format": vars(fmt), **extra}
     (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(new)
-    # the whole folder changes at once, so that its files belong together; a folder with files cannot
-    # be replaced in one step, so between these two load_checkpoint takes the old one
+    # the whole folder changes at once, so that its files belong together; a folder with files
+    # cannot be replaced in one step: between these two, load_checkpoint takes the old one
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
@@ -250,12 +254,13 @@ def beside(folder, ending):
 
 
 def load_checkpoint(source, device="cpu", dtype=torch.float32):
-    """A checkpoint in the released layout: a folder, or a hub id. K, C and S follow from the tensors.
+    """A checkpoint in the released layout: a folder, or a hub id. K, C and S follow from the
+    tensors.
 
     Returns (model in eval mode, tokenizer, StreamFormat, config dict). The format's max_frames is
     what the model was trained on, the config's max_position_embeddings the end of its positions. A
-    released config has no `stream_format`: the paper's best one is taken. Raises InputError if files
-    are missing or the tensors do not fit the config.
+    released config has no `stream_format`: the paper's best one is taken. Raises InputError if
+    files are missing or the tensors do not fit the config.
     """
     settings, backbone_config, tokenizer, tensors = read_checkpoint(source)
     tables = [name for name in tensors if name.startswith("audio_embeds.")]
@@ -265,8 +270,8 @@ def load_checkpoint(source, device="cpu", dtype=torch.float32):
     num_codebooks, codebook_size = len(tables) // 2, tensors[tables[0]].shape[0] - 2
     for key, found in (("num_dsus", num_codebooks), ("audio_vocab_size", codebook_size)):
         if settings.get(key, found) != found:
-            raise InputError(f"{source}: config.json says {key}={settings[key]}, but the tensors are "
-                             f"made for {found}; use the config.json that the weights were saved with")
+            raise InputError(f"{source}: config.json says {key}={settings[key]}, but the tensors "
+                             f"are made for {found}; use the config.json that they were saved with")
     speaker = tensors.get("speaker_embed_proj.weight")
     backbone = AutoModelForCausalLM.from_config(backbone_config, dtype=torch.float32)
     model = FActor(backbone, num_codebooks, codebook_size,
@@ -280,8 +285,8 @@ def load_checkpoint(source, device="cpu", dtype=torch.float32):
 
 
 def read_checkpoint(source):
-    """The files of load_checkpoint: (config.json as a dict, the backbone's config, tokenizer, tensors
-    by name)."""
+    """The files of load_checkpoint: (config.json as a dict, the backbone's config, tokenizer,
+    tensors by name)."""
     folder = Path(source)
     if not folder.exists() and beside(folder, ".old").exists():
         folder = beside(folder, ".old")  # save_checkpoint was killed between its two renames
@@ -302,9 +307,9 @@ def read_checkpoint(source):
         tensors = {}
         for name in names:
             tensors |= load_file(folder / name)
-    except Exception as e:  # tokenizers, for one, raises a plain Exception on a file that is cut off
-        raise InputError(f"{source}: not a readable checkpoint ({' '.join(str(e).split())[:200]}); it "
-                         "needs config.json, model.safetensors and the tokenizer's files") from e
+    except Exception as e:  # tokenizers, for one, raises a plain Exception on a cut-off file
+        raise InputError(f"{source}: not a readable checkpoint ({' '.join(str(e).split())[:200]}); "
+                         "it needs config.json, model.safetensors and the tokenizer's files") from e
     return settings, config, tokenizer, tensors
 
 
@@ -316,12 +321,12 @@ def fill(model, tensors, tied, source):
         tensors.pop("backbone.lm_head.weight", None)
     if missing := [name for name in expected if name not in tensors]:
         raise InputError(f"{source}: {len(missing)} of {len(expected)} tensors are missing, first "
-                         f"{missing[0]}; copy or download it again, or use the config.json that the "
-                         "weights were saved with")
+                         f"{missing[0]}; copy or download it again, or use the config.json that "
+                         "the weights were saved with")
     wrong = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
              for name, shape in expected.items() if tensors[name].shape != shape]
     wrong += [f"{name} unexpected" for name in tensors if name not in expected]
     if wrong:
-        raise InputError(f"{source}: {len(wrong)} tensors do not fit config.json, first {wrong[0]}; "
-                         "use the config.json that the weights were saved with")
+        raise InputError(f"{source}: {len(wrong)} tensors do not fit config.json, first "
+                         f"{wrong[0]}; use the config.json that the weights were saved with")
     model.load_state_dict(tensors, strict=False)
