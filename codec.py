@@ -1,15 +1,18 @@
-"""Speech to codes and back: NanoCodec in plain PyTorch, our own small MiniCodec, the FSQ they share, Mimi of
-transformers, and audio files.
+"""Speech to codes and back: NanoCodec in plain PyTorch, our own small MiniCodec, the FSQ they
+share, Mimi of transformers, and audio files.
 
-All make 12.5 frames a second: 1764 samples at 22,050 Hz (Mimi: 1920 at 24 kHz); each frame becomes K independent codes,
-one per codebook (Mimi: K that build on each other). A codec is `load_codec(path)`; `encode` and `decode` are its whole
-interface:
+All make 12.5 frames a second: 1764 samples at 22,050 Hz (Mimi: 1920 at 24 kHz); each frame becomes
+K independent codes, one per codebook (Mimi: K that build on each other). A codec is
+`load_codec(path)`; `encode` and `decode` are its whole interface (`streaming()`: the same two,
+piece by piece):
 
-    audio (B, N) --encoder--> z (B, K*D, T) --FSQ--> codes (B, K, T) --FSQ^-1--> z^ (B, K*D, T) --decoder--> audio
+    audio (B, N) --encoder--> z (B, K*D, T) --FSQ--> codes (B, K, T)
+                 codes --FSQ^-1--> z^ (B, K*D, T) --decoder--> audio (B, N)
 
-NanoCodec (Casanova et al. 2025, arXiv 2508.05835; spec 10) is an inverted HiFi-GAN, FSQ (Mentzer et al. 2023,
-arXiv 2309.15505) and a causal HiFi-GAN. Its architecture is read from the archive, so any size loads.
-Left out, since inference needs none of it: the discriminators, the losses, and weight norm (folded at loading).
+NanoCodec (Casanova et al. 2025, arXiv 2508.05835) is an inverted HiFi-GAN, FSQ (Mentzer et al.
+2023, arXiv 2309.15505) and a causal HiFi-GAN. Its architecture is read from the archive, so any
+size loads. Left out, since inference needs none of it: the discriminators, the losses, and weight
+norm (folded at loading).
 """
 import hashlib
 import io
@@ -34,23 +37,24 @@ from torch import nn
 
 from config import InputError, hub_problem, write_atomically
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Finite scalar quantisation
 
 
 class FSQ(nn.Module):
-    """K independent codebooks, each a grid over D numbers: number d is rounded to one of `levels[d]`
-    values in [-1, 1]. A code is the D digits of its grid point in mixed radix, `levels[0]` the lowest
-    digit; C = prod(levels) codes. With L levels, in one line each:
+    """K independent codebooks, each a grid over D numbers: number d is rounded to one of
+    `levels[d]` values in [-1, 1]. A code is the D digits of its grid point in mixed radix,
+    `levels[0]` the lowest digit; C = prod(levels) codes. With L levels, in one line each:
 
         w = (L - 1) / 2 * (1 - eps),  o = 1/2 for even L, else 0
-        digit = round(w tanh(z + tan(o / w)) - o) + floor(L / 2),   code = sum_d digit_d prod_{j<d} L_j
+        digit = round(w tanh(z + tan(o / w)) - o) + floor(L / 2)
+        code = sum_d digit_d prod_{j<d} L_j
 
     Why the offset: w tanh(.) lies in (-w, w). For L = 5 that is (-2, 2) and rounds to -2 .. 2, five
-    values. For L = 4 it would be (-1.5, 1.5), which rounds to -1, 0, 1 (and -2 or 2 at the very edge):
-    three and a bit. Moved by o to (-2, 1) it rounds to -2, -1, 0, 1, digits 0 .. 3. The same o inside
-    the tanh keeps z = 0 near a grid point: L = 4, eps = 0: w tanh(tan(1/3)) - 1/2 = -0.0004, so digit 2,
-    which decodes to (2 - 2) / 2 = 0.
+    values. For L = 4 it would be (-1.5, 1.5), which rounds to -1, 0, 1 (and -2 or 2 at the very
+    edge): three and a bit. Moved by o to (-2, 1) it rounds to -2, -1, 0, 1, digits 0 .. 3. The same
+    o inside the tanh keeps z = 0 near a grid point: L = 4, eps = 0: w tanh(tan(1/3)) - 1/2 =
+    -0.0004, so digit 2, which decodes to (2 - 2) / 2 = 0.
     """
 
     def __init__(self, levels, num_codebooks, eps=1e-3):
@@ -81,7 +85,7 @@ class FSQ(nn.Module):
         return ((digits - self.levels // 2) / (self.levels // 2)).flatten(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # NanoCodec
 
 
@@ -93,8 +97,9 @@ def length_mask(lengths, size):
 def with_past(x, dim, layer, state):
     """x preceded along `dim` by the `layer.span` steps before it: zeros where x is a beginning.
 
-    `state` is what a stream remembers between its chunks: a dict, layer -> the last `span` steps of its
-    input (zeros, or nothing, at first). This call reads and renews the layer's entry; None: no stream.
+    `state` is what a stream remembers between its chunks: a dict, layer -> the last `span` steps of
+    its input (zeros, or nothing, at first). This call reads and renews the layer's entry; None: no
+    stream.
     """
     past = None if state is None else state.get(layer)
     if past is None:
@@ -114,11 +119,14 @@ class Past(nn.Module):
 
 
 class Conv(nn.Conv1d):
-    """1-d convolution that pads its own input: causally with zeros, or on both sides with the edge values."""
+    """1-d convolution that pads its own input: causally with zeros, or on both sides with the edge
+    values."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, dilation=1, causal=False):
         self.causal, self.span = causal, (kernel - 1) * dilation
-        padding = {} if causal else {"padding": (self.span + 2 - stride) // 2, "padding_mode": "replicate"}
+        padding = {}
+        if not causal:
+            padding = {"padding": (self.span + 2 - stride) // 2, "padding_mode": "replicate"}
         super().__init__(c_in, c_out, kernel, stride, dilation=dilation, **padding)
 
     def forward(self, x, lengths=None, state=None):
@@ -127,16 +135,18 @@ class Conv(nn.Conv1d):
         if self.causal:
             return super().forward(with_past(x, 2, self, state))
         if lengths is not None:
-            # Repeat an item's last step through its padding: then it sees the edge it would see alone. (NeMo puts zeros
-            # there, so that its codes of the last frames depend on what else is in the batch.)
-            index = torch.arange(x.shape[-1], device=x.device).minimum(lengths[:, None] - 1)  # (B, T)
+            # Repeat an item's last step through its padding: then it sees the edge it would see
+            # alone. (NeMo puts zeros there, so that its codes of the last frames depend on what
+            # else is in the batch.)
+            steps = torch.arange(x.shape[-1], device=x.device)
+            index = steps.minimum(lengths[:, None] - 1)  # (B, T)
             x = x.gather(2, index[:, None].expand_as(x))
         return super().forward(x)
 
 
 class UpConv(nn.ConvTranspose1d):
-    """Causal transposed convolution, T -> T * rate: a step reaches into the `rate` outputs after its
-    own, never into those before."""
+    """Causal transposed convolution, T -> T * rate: a step reaches into the `rate` outputs after
+    its own, never into those before."""
 
     span = 1
 
@@ -150,7 +160,8 @@ class UpConv(nn.ConvTranspose1d):
 
 
 class HalfSnake(nn.Module):
-    """Snake, x + sin^2(alpha x) / alpha, on the first half of the channels; leaky ReLU on the rest."""
+    """Snake, x + sin^2(alpha x) / alpha, on the first half of the channels; leaky ReLU on the rest.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -182,11 +193,13 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualLayer(nn.ModuleList):
-    """HiFi-GAN's multi-receptive field: the mean over kernel sizes of a chain of residual blocks over dilations."""
+    """HiFi-GAN's multi-receptive field: the mean over kernel sizes of a chain of residual blocks
+    over dilations."""
 
     def __init__(self, channels, kernels, dilations, activation, causal):
-        super().__init__(nn.ModuleList(ResidualBlock(channels, k, d, activation, causal) for d in dilations)
-                         for k in kernels)
+        super().__init__(
+            nn.ModuleList(ResidualBlock(channels, k, d, activation, causal) for d in dilations)
+            for k in kernels)
 
     def forward(self, x, lengths=None, state=None):
         total = 0
@@ -199,18 +212,20 @@ class ResidualLayer(nn.ModuleList):
 
 
 class Encoder(nn.Module):
-    """Audio (B, 1, N) -> z (B, encoded_dim, N / prod(rates)): an inverted HiFi-GAN, not causal, channels doubling."""
+    """Audio (B, 1, N) -> z (B, encoded_dim, N / prod(rates)): an inverted HiFi-GAN, not causal,
+    channels doubling."""
 
-    def __init__(self, down_sample_rates, encoded_dim, base_channels=32, in_kernel_size=7, out_kernel_size=7,
-                 resblock_kernel_sizes=(3, 7, 11), resblock_dilation_sizes=(1, 3, 5)):
+    def __init__(self, down_sample_rates, encoded_dim, base_channels=32, in_kernel_size=7,
+                 out_kernel_size=7, resblock_kernel_sizes=(3, 7, 11),
+                 resblock_dilation_sizes=(1, 3, 5)):
         super().__init__()
         c = base_channels
         self.rates = down_sample_rates
         self.pre_conv = Conv(1, c, in_kernel_size)
         self.res_layers, self.down_sample_conv_layers = nn.ModuleList(), nn.ModuleList()
         for rate in self.rates:
-            self.res_layers.append(
-                ResidualLayer(c, resblock_kernel_sizes, resblock_dilation_sizes, leaky_relu, causal=False))
+            self.res_layers.append(ResidualLayer(
+                c, resblock_kernel_sizes, resblock_dilation_sizes, leaky_relu, causal=False))
             self.down_sample_conv_layers.append(Conv(c, 2 * c, 2 * rate, stride=rate))
             c *= 2
         self.post_conv = Conv(c, encoded_dim, out_kernel_size)
@@ -228,8 +243,9 @@ class Encoder(nn.Module):
         back = ahead = self.pre_conv.span // 2
         step = 1  # samples
         for rate, chains, down in zip(self.rates, self.res_layers, self.down_sample_conv_layers):
-            sides = max(sum(block.input_conv.span // 2 + block.skip_conv.span // 2 for block in chain)
-                        for chain in chains)
+            spans = [sum(block.input_conv.span + block.skip_conv.span for block in chain)
+                     for chain in chains]
+            sides = max(spans) // 2
             left = down.padding[0]  # of its 2 * rate inputs, `rate` are the step's own
             back, ahead = back + step * (sides + left), ahead + step * (sides + rate - left)
             step *= rate
@@ -237,22 +253,24 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, input_dim, T) -> audio (B, 1, T * prod(rates)) in [-1, 1]: a causal HiFi-GAN, channels halving."""
+    """z (B, input_dim, T) -> audio (B, 1, T * prod(rates)) in [-1, 1]: a causal HiFi-GAN, channels
+    halving."""
 
-    def __init__(self, up_sample_rates, input_dim, base_channels=512, in_kernel_size=7, out_kernel_size=3,
-                 resblock_kernel_sizes=(3, 7, 11), resblock_dilation_sizes=(1, 3, 5),
-                 n_groups_equal_to_out_channels=True):
+    def __init__(self, up_sample_rates, input_dim, base_channels=512, in_kernel_size=7,
+                 out_kernel_size=3, resblock_kernel_sizes=(3, 7, 11),
+                 resblock_dilation_sizes=(1, 3, 5), n_groups_equal_to_out_channels=True):
         super().__init__()
         c = base_channels
         self.pre_conv = Conv(input_dim, c, in_kernel_size, causal=True)
-        self.activations, self.up_sample_conv_layers, self.res_layers = (nn.ModuleList() for _ in range(3))
+        self.activations, self.up_sample_conv_layers = nn.ModuleList(), nn.ModuleList()
+        self.res_layers = nn.ModuleList()
         for rate in up_sample_rates:
             self.activations.append(HalfSnake(c))
             self.up_sample_conv_layers.append(
                 UpConv(c, c // 2, rate, groups=c // 2 if n_groups_equal_to_out_channels else 1))
             c //= 2
-            self.res_layers.append(
-                ResidualLayer(c, resblock_kernel_sizes, resblock_dilation_sizes, HalfSnake, causal=True))
+            self.res_layers.append(ResidualLayer(
+                c, resblock_kernel_sizes, resblock_dilation_sizes, HalfSnake, causal=True))
         self.post_activation = HalfSnake(c)
         self.post_conv = Conv(c, 1, out_kernel_size, causal=True)
 
@@ -263,8 +281,17 @@ class Decoder(nn.Module):
         return self.post_conv(self.post_activation(x), state=state).clamp(-1, 1)
 
 
+# The parts of an archive's settings, and what of theirs must be so for it to be a NanoCodec's
+PARTS = {"audio_encoder": {"_target_": "HiFiGANEncoder", "activation": "lrelu",
+                           "pad_mode": "replicate"},
+         "audio_decoder": {"_target_": "CausalHiFiGANDecoder", "activation": "half_snake",
+                           "output_activation": "clamp", "pad_mode": "zeros"},
+         "vector_quantizer": {"_target_": "GroupFiniteScalarQuantizer"}}
+
+
 class NanoCodec(nn.Module):
-    """NVIDIA's NanoCodec (spec 10) from the settings in a `.nemo` archive. Use `load_codec`, which fills its weights.
+    """NVIDIA's NanoCodec from the settings in a `.nemo` archive. Use `load_codec`, which fills its
+    weights.
 
     Attributes: sample_rate (Hz), samples_per_frame, num_codebooks K, codebook_size C; context and
     lookahead: the frames before and after a frame that play a part in its codes. (Released: 9,150
@@ -273,44 +300,46 @@ class NanoCodec(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        enc, dec, fsq = (dict(config[part]) for part in ("audio_encoder", "audio_decoder", "vector_quantizer"))
-        enc.setdefault("activation", "lrelu"), dec.setdefault("pad_mode", "zeros")  # NeMo's defaults
-        for part, given, needed in (
-                ("audio_encoder", enc, {"_target_": "HiFiGANEncoder", "activation": "lrelu", "pad_mode": "replicate"}),
-                ("audio_decoder", dec, {"_target_": "CausalHiFiGANDecoder", "activation": "half_snake",
-                                        "output_activation": "clamp", "pad_mode": "zeros"}),
-                ("vector_quantizer", fsq, {"_target_": "GroupFiniteScalarQuantizer"})):
-            for key, value in needed.items():
+        enc, dec, fsq = (dict(config[part]) for part in PARTS)
+        enc.setdefault("activation", "lrelu")  # NeMo's defaults
+        dec.setdefault("pad_mode", "zeros")
+        for part, given in zip(PARTS, (enc, dec, fsq)):
+            for key, value in PARTS[part].items():
                 if (found := str(given.pop(key, None)).split(".")[-1]) != value:
-                    raise InputError(f"{part}.{key} is {found}, only NanoCodec's {value} is supported")
-        self.sample_rate, self.samples_per_frame = config["sample_rate"], config["samples_per_frame"]
-        if not math.prod(enc["down_sample_rates"]) == math.prod(dec["up_sample_rates"]) == self.samples_per_frame:
-            raise InputError(f"the sampling rates of encoder and decoder don't make {self.samples_per_frame} samples")
+                    raise InputError(f"{part}.{key} is {found}, only NanoCodec's {value} is "
+                                     "supported")
+        self.sample_rate = config["sample_rate"]
+        self.samples_per_frame = size = config["samples_per_frame"]
+        if not math.prod(enc["down_sample_rates"]) == math.prod(dec["up_sample_rates"]) == size:
+            raise InputError(f"the sampling rates of encoder and decoder don't make {size} samples")
         self.fsq = FSQ(fsq["num_levels_per_group"], fsq["num_groups"], fsq.get("eps", 1e-3))
         self.num_codebooks, self.codebook_size = self.fsq.num_codebooks, self.fsq.codebook_size
         self.encoder, self.decoder = Encoder(**enc), Decoder(**dec)
-        self.context, self.lookahead = (math.ceil(n / self.samples_per_frame) for n in self.encoder.reach())
+        self.context, self.lookahead = (math.ceil(n / size) for n in self.encoder.reach())
 
     @torch.no_grad()
     def encode(self, audio, lengths=None):
         """audio (B, N) float32 at sample_rate in [-1, 1], lengths (B,) in samples or None (all N)
-        -> (codes (B, K, T) int64, frame lengths (B,)). The last frame is filled up with zeros; codes behind an item's
-        length are 0. An item's codes do not depend on the others in the batch.
+        -> (codes (B, K, T) int64, frame lengths (B,)). The last frame is filled up with zeros;
+        codes behind an item's length are 0. An item's codes do not depend on the others in the
+        batch.
         """
-        audio, frames = whole_frames(audio, lengths, self.samples_per_frame)  # (B, T * samples_per_frame), (B,)
+        audio, frames = whole_frames(audio, lengths, self.samples_per_frame)
         samples = frames * self.samples_per_frame
-        z = self.encoder(audio[:, None], None if (samples == audio.shape[1]).all() else samples)  # (B, K*D, T)
+        alike = (samples == audio.shape[1]).all()
+        z = self.encoder(audio[:, None], None if alike else samples)  # (B, K*D, T)
         codes = self.fsq(z)[1]
         return codes * length_mask(frames, codes.shape[2])[:, None], frames
 
     @torch.no_grad()
     def decode(self, codes, lengths=None):
-        """codes (B, K, T) in 0..C-1, lengths (B,) in frames or None (all T)
-        -> (audio (B, T * samples_per_frame) float32 in [-1, 1], zero behind an item's length, sample lengths (B,)).
+        """codes (B, K, T) in 0..C-1, lengths (B,) in frames or None (all T) -> (audio (B, T *
+        samples_per_frame) float32 in [-1, 1], zero behind an item's length, sample lengths (B,)).
         Raises InputError on codes of the wrong shape or out of range.
         """
         check_codes(codes, self.num_codebooks, self.codebook_size)
-        audio = self.decoder(self.fsq.decode(codes))[:, 0]  # causal: what follows an item cannot change it
+        # causal: what follows an item cannot change it
+        audio = self.decoder(self.fsq.decode(codes))[:, 0]
         return silence_behind(audio, lengths, self.samples_per_frame)
 
     def streaming(self, rows=1, lookahead=None):
@@ -320,13 +349,16 @@ class NanoCodec(nn.Module):
 
 
 def whole_frames(audio, lengths, samples_per_frame):
-    """audio (B, N), lengths (B,) in samples or None -> (audio (B, T * samples_per_frame), frames (B,)): each item
-    followed by zeros, T frames for the longest. Raises InputError unless every item has at least one sample."""
-    if audio.ndim != 2 or audio.shape[1] == 0:
-        raise InputError(f"the codec takes audio (batch, samples) of at least one sample, not {tuple(audio.shape)}")
-    lengths = torch.full((len(audio),), audio.shape[1]) if lengths is None else torch.as_tensor(lengths)
+    """audio (B, N), lengths (B,) in samples or None -> (audio (B, T * samples_per_frame), frames
+    (B,)): each item followed by zeros, T frames for the longest. Raises InputError unless every
+    item has at least one sample."""
+    check_audio(audio)
+    if lengths is None:
+        lengths = torch.full((len(audio),), audio.shape[1])
+    lengths = torch.as_tensor(lengths)
     if lengths.min() < 1 or lengths.max() > audio.shape[1]:
-        raise InputError(f"audio lengths must be in 1..{audio.shape[1]} samples, not {lengths.tolist()}")
+        raise InputError(f"audio lengths must be in 1..{audio.shape[1]} samples, not "
+                         f"{lengths.tolist()}")
     lengths = lengths.to(audio.device)
     frames = (lengths + samples_per_frame - 1) // samples_per_frame
     size = int(frames.max()) * samples_per_frame
@@ -335,22 +367,32 @@ def whole_frames(audio, lengths, samples_per_frame):
 
 
 def silence_behind(audio, lengths, samples_per_frame):
-    """audio (B, T * samples_per_frame), lengths (B,) in frames or None (all T) -> (audio with zeros behind each item,
-    sample lengths (B,))."""
-    lengths = torch.full((len(audio),), audio.shape[1] // samples_per_frame) if lengths is None else torch.as_tensor(lengths)
-    samples = lengths.to(audio.device) * samples_per_frame
+    """audio (B, T * samples_per_frame), lengths (B,) in frames or None (all T) -> (audio with zeros
+    behind each item, sample lengths (B,))."""
+    if lengths is None:
+        lengths = torch.full((len(audio),), audio.shape[1] // samples_per_frame)
+    samples = torch.as_tensor(lengths).to(audio.device) * samples_per_frame
     return audio * length_mask(samples, audio.shape[1]), samples
+
+
+def check_audio(audio):
+    """Raises InputError unless audio is (B, N), N > 0."""
+    if audio.ndim != 2 or audio.shape[1] == 0:
+        raise InputError("the codec takes audio (batch, samples) of at least one sample, not "
+                         f"{tuple(audio.shape)}")
 
 
 def check_codes(codes, num_codebooks, codebook_size):
     """Raises InputError unless codes are (B, K, T), T > 0, all in 0..C-1."""
     if codes.ndim != 3 or codes.shape[1] != num_codebooks or codes.shape[2] == 0:
-        raise InputError(f"the codec takes codes (batch, {num_codebooks}, frames), not {tuple(codes.shape)}")
+        raise InputError(f"the codec takes codes (batch, {num_codebooks}, frames), not "
+                         f"{tuple(codes.shape)}")
     if codes.min() < 0 or codes.max() >= codebook_size:
-        raise InputError(f"codes must be in 0..{codebook_size - 1}, found {int(codes.min())}..{int(codes.max())}")
+        raise InputError(f"codes must be in 0..{codebook_size - 1}, found {int(codes.min())}.."
+                         f"{int(codes.max())}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # MiniCodec: our own, small enough to ship and to train on a laptop (world/train_codec.py)
 
 HOP, N_FFT, STEPS = 252, 1008, 7  # a frame of 1764 samples is 7 steps of 252; a window is 4 steps
@@ -379,23 +421,26 @@ class ConvNeXt(nn.Module):
 
 
 class MiniCodec(nn.Module):
-    """Log-mel -> ConvNeXt at 87.5 and 12.5 Hz -> FSQ -> ConvNeXt at 12.5 and 87.5 Hz -> inverse STFT
-    (Vocos, Siuzdak 2023, arXiv 2306.00814). Not in the paper: our codec for the shipped default.
+    """Log-mel -> ConvNeXt at 87.5 and 12.5 Hz -> FSQ -> ConvNeXt at 12.5 and 87.5 Hz -> inverse
+    STFT (Vocos, Siuzdak 2023, arXiv 2306.00814). Not in the paper: our codec for the shipped
+    default.
 
-    Causal: frame t of the audio depends on codes up to t only, and is whole once they are there; codes
-    up to t depend on audio up to the end of frame t + 1 (LOOKAHEAD). The encoder's past is kept short,
-    about 9 frames, so that a word gives the same codes wherever it is said; the decoder's is 2.5 s.
-    Inside, sequences are (B, T, channels), which makes every linear layer one matrix product.
+    Causal: frame t of the audio depends on codes up to t only, and is whole once they are there;
+    codes up to t depend on audio up to the end of frame t + 1 (`lookahead`). The encoder's past is
+    kept short, about 9 frames, so that a word gives the same codes wherever it is said; the
+    decoder's is 2.5 s. Inside, sequences are (B, T, channels), which makes every linear layer one
+    matrix product.
 
-    Attributes: sample_rate (Hz), samples_per_frame, num_codebooks K, codebook_size C; `config` makes
-    another like it.
+    Attributes: sample_rate (Hz), samples_per_frame, num_codebooks K, codebook_size C; `config`
+    makes another like it.
     """
 
     sample_rate, samples_per_frame, lookahead = 22050, STEPS * HOP, 1
 
     def __init__(self, levels=(5, 5, 5, 5), num_codebooks=4, mel_bands=80, step_channels=(128, 192),
                  step_blocks=(2, 5), frame_channels=256, frame_blocks=(3, 5), frame_kernels=(3, 7)):
-        """Pairs are (encoder, decoder); step_: of the blocks at 87.5 Hz, frame_: of those at 12.5 Hz."""
+        """Pairs are (encoder, decoder); step_: of the blocks at 87.5 Hz, frame_: of those at 12.5
+        Hz."""
         super().__init__()
         self.config = {"levels": levels, "num_codebooks": num_codebooks, "mel_bands": mel_bands,
                        "step_channels": step_channels, "step_blocks": step_blocks,
@@ -429,10 +474,11 @@ class MiniCodec(nn.Module):
         self.dec_windows = Past(N_FFT // HOP - 1)  # steps
 
     def analyse(self, audio, state=None):
-        """audio (B, T * 1764) -> (quantised (B, K*D, T) in [-1, 1], codes (B, K, T)), causal: that the
-        encoder looks ahead by a frame means that the codes of frame t come out at t + 1."""
+        """audio (B, T * 1764) -> (quantised (B, K*D, T) in [-1, 1], codes (B, K, T)), causal: that
+        the encoder looks ahead by a frame means that the codes of frame t come out at t + 1."""
         # a step's window ends with it
-        windows = with_past(audio, 1, self.enc_windows, state).unfold(1, N_FFT, HOP)  # (B, 7T, 1008)
+        audio = with_past(audio, 1, self.enc_windows, state)
+        windows = audio.unfold(1, N_FFT, HOP)  # (B, 7T, 1008)
         power = torch.fft.rfft(windows * self.window).abs().square()
         log_mel = torch.log((power @ self.mel).clamp(min=1e-5))
         x = self.enc_in((log_mel + 4) / 4)  # (B, 7T, enc_step); about -2..3 goes in
@@ -456,8 +502,8 @@ class MiniCodec(nn.Module):
         size = torch.exp(log_size.clamp(max=5))
         spectra = torch.complex(size * phase.cos(), size * phase.sin())
         windows = torch.fft.irfft(spectra) * self.window  # (B, 7T, 1008)
-        # Overlap-add: a step's window begins with it, so that no later one adds to its samples. Squared
-        # Hann windows at this hop add up to 1.5 everywhere.
+        # Overlap-add: a step's window begins with it, so that no later one adds to its samples.
+        # Squared Hann windows at this hop add up to 1.5 everywhere.
         hops = with_past(windows, 1, self.dec_windows, state).unflatten(2, (4, HOP)) / 1.5
         return sum(hops[:, 3 - i:hops.shape[1] - i, i] for i in range(4)).flatten(1)
 
@@ -487,8 +533,8 @@ class MiniCodec(nn.Module):
 
 
 def mel_filters(bands, n_fft, sample_rate):
-    """Triangles of height 1, evenly spaced in mel (O'Shaughnessy) from 0 Hz to half the rate: (n_fft // 2 + 1, bands),
-    to be multiplied by a spectrum from the right."""
+    """Triangles of height 1, evenly spaced in mel (O'Shaughnessy) from 0 Hz to half the rate:
+    (n_fft // 2 + 1, bands), to be multiplied by a spectrum from the right."""
     top = 2595 * math.log10(1 + sample_rate / 2 / 700)
     edges = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64) / 2595) - 1)  # Hz
     bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
@@ -498,37 +544,44 @@ def mel_filters(bands, n_fft, sample_rate):
 
 
 def save_minicodec(codec, path):
-    """Writes a MiniCodec as float16 safetensors with its `config` in the file's metadata. Atomic."""
-    weights = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in codec.state_dict().items()}
+    """Writes a MiniCodec as float16 safetensors with its `config` in the file's metadata. Atomic.
+    """
+    weights = {name: value.detach().to("cpu", torch.float16).contiguous()
+               for name, value in codec.state_dict().items()}
     metadata = {"architecture": "MiniCodec", "config": json.dumps(codec.config)}
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(weights, temporary, metadata))
+    write_atomically(path, lambda new: safetensors.torch.save_file(weights, new, metadata))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Mimi
 
 
 class Mimi(nn.Module):
-    """Kyutai's Mimi (Defossez et al. 2024, arXiv 2410.00037): transformers' MimiModel behind NanoCodec's interface.
+    """Kyutai's Mimi (Defossez et al. 2024, arXiv 2410.00037): transformers' MimiModel behind
+    NanoCodec's interface.
 
-    Residual quantisation: codebook k codes what is left by those before it, so its codes depend on theirs; the first,
-    the semantic one, stands apart. Of the released 32 the paper uses the first 8. Causal in both directions.
+    Residual quantisation: codebook k codes what is left by those before it, so its codes depend on
+    theirs; the first, the semantic one, stands apart. Of the released 32 the paper uses the first
+    8. Causal in both directions.
 
-    Attributes: sample_rate (24,000 Hz), samples_per_frame (1920), num_codebooks K (8), codebook_size C (2048).
+    Attributes: sample_rate (24,000 Hz), samples_per_frame (1920), num_codebooks K (8),
+    codebook_size C (2048).
     """
 
     num_codebooks = 8
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.sample_rate, self.codebook_size = model, model.config.sampling_rate, model.config.codebook_size
+        self.model, self.sample_rate = model, model.config.sampling_rate
+        self.codebook_size = model.config.codebook_size
         self.samples_per_frame = round(self.sample_rate / model.config.frame_rate)
 
     @torch.no_grad()
     def encode(self, audio, lengths=None):
         """As NanoCodec.encode."""
         audio, frames = whole_frames(audio, lengths, self.samples_per_frame)
-        codes = self.model.encode(audio[:, None], num_quantizers=self.num_codebooks).audio_codes  # (B, K, T)
+        found = self.model.encode(audio[:, None], num_quantizers=self.num_codebooks)
+        codes = found.audio_codes  # (B, K, T)
         return codes * length_mask(frames, codes.shape[2])[:, None], frames
 
     @torch.no_grad()
@@ -543,13 +596,14 @@ class Mimi(nn.Module):
         return MimiStream(self, rows, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Streams: a codec piece by piece
 
 
 class Stream:
-    """What the streams of all codecs share: `encode` and `decode` of the next piece of B rows, which
-    go on in step; together the pieces give what the codec's own encode and decode give at one go.
+    """What the streams of all codecs share: `encode` and `decode` of the next piece of B rows,
+    which go on in step; together the pieces give what the codec's own encode and decode give at one
+    go.
 
     State: `pending` (B, n), audio that is no whole frame yet; `ages` (B,), frames that each row has
     heard; what the codec's layers remember stands in its own class. A row is one recording: `reset`
@@ -571,24 +625,24 @@ class Stream:
 
     @torch.no_grad()
     def encode(self, chunk):
-        """chunk (B, n) float32, any n -> codes (B, K, T) of the frames that can be coded by now: those
-        that have been heard whole and whose look-ahead has been. T may be 0. A row that began later
-        than others holds -1 where they have codes and it has none yet.
+        """chunk (B, n) float32, any n -> codes (B, K, T) of the frames that can be coded by now:
+        those that have been heard whole and whose look-ahead has been. T may be 0. A row that began
+        later than others holds -1 where they have codes and it has none yet.
         """
         audio, size = torch.cat([self.pending, chunk], 1), self.codec.samples_per_frame
         frames = audio.shape[1] // size
         # a copy: a piece of a view would keep the whole
         self.pending = audio[:, frames * size:].clone()
         if frames == 0:
-            return torch.zeros(self.rows, self.codec.num_codebooks, 0, dtype=torch.long, device=self.device)
+            return self.no_codes(0)
         codes = self.next_codes(audio[:, :frames * size])
         self.ages = self.ages + frames
         return self.begun(codes, self.lookahead)
 
     @torch.no_grad()
     def finish(self):
-        """The recordings end here: codes (B, K, T) of the frames still owed, the last filled up with
-        zeros. The stream is as new afterwards."""
+        """The recordings end here: codes (B, K, T) of the frames still owed, the last filled up
+        with zeros. The stream is as new afterwards."""
         rest = -self.pending.shape[1] % self.codec.samples_per_frame
         codes = [self.encode(torch.zeros(self.rows, rest, device=self.device))]
         if self.lookahead:
@@ -596,17 +650,23 @@ class Stream:
         self.reset()
         return torch.cat(codes, 2)
 
+    def no_codes(self, frames):
+        """-> (B, K, frames) zeros."""
+        shape = self.rows, self.codec.num_codebooks, frames
+        return torch.zeros(shape, dtype=torch.long, device=self.device)
+
     def begun(self, codes, behind):
         """codes (B, K, T), the last of them of `behind` frames ago -> the same with -1 before each
         row's first frame, without the columns in which no row has begun."""
-        places = torch.arange(-codes.shape[2], 0, device=self.device) - behind + self.ages[:, None]  # (B, T)
+        ago = torch.arange(-codes.shape[2], 0, device=self.device) - behind
+        places = self.ages[:, None] + ago  # (B, T), frame numbers
         codes = codes.masked_fill((places < 0)[:, None], -1)
         return codes[:, :, (places >= 0).any(0)]
 
 
 class MiniStream(Stream):
-    """MiniCodec's: all its layers are causal, so each remembers its last inputs (see with_past): `heard`
-    those of the encoder, `said` those of the decoder."""
+    """MiniCodec's: all its layers are causal, so each remembers its last inputs (see with_past):
+    `heard` those of the encoder, `said` those of the decoder."""
 
     def reset(self, row=None):
         super().reset(row)
@@ -622,22 +682,23 @@ class MiniStream(Stream):
 
     def last_codes(self):
         """-> the codes (B, K, lookahead) that are still owed at the end."""
-        silence = torch.zeros(self.rows, self.lookahead * self.codec.samples_per_frame, device=self.device)
-        return self.next_codes(silence)
+        size = self.lookahead * self.codec.samples_per_frame
+        return self.next_codes(torch.zeros(self.rows, size, device=self.device))
 
     @torch.no_grad()
     def decode(self, codes):
-        """codes (B, K, T), T > 0 -> audio (B, T * samples_per_frame) in [-1, 1], every frame at once."""
+        """codes (B, K, T), T > 0 -> audio (B, T * samples_per_frame) in [-1, 1], every frame at
+        once."""
         check_codes(codes, self.codec.num_codebooks, self.codec.codebook_size)
         return self.codec.synthesise(self.codec.fsq.decode(codes), self.said).clamp(-1, 1)
 
 
 class NanoStream(Stream):
-    """NanoCodec's: the layers of the decoder remember their last inputs (`said`); the encoder, which is
-    not causal, codes anew a window of the last frames (`window`, audio) with every piece.
+    """NanoCodec's: the layers of the decoder remember their last inputs (`said`); the encoder,
+    which is not causal, codes anew a window of the last frames (`window`, audio) with every piece.
 
-    A look-ahead below codec.lookahead makes other codes than `encode`: the encoder then takes the last
-    sample for what follows, as it does at the end of a recording.
+    A look-ahead below codec.lookahead makes other codes than `encode`: the encoder then takes the
+    last sample for what follows, as it does at the end of a recording.
     """
 
     def reset(self, row=None):
@@ -652,32 +713,30 @@ class NanoStream(Stream):
 
     def next_codes(self, audio):
         """audio (B, T * samples_per_frame) -> codes (B, K, T), `lookahead` frames late."""
-        size = self.codec.samples_per_frame
-        frames, kept = audio.shape[1] // size, self.window.shape[1] // size
-        audio = torch.cat([self.window, audio], 1)
-        self.window = audio[:, -kept * size:].clone() if kept else self.window
-        codes = torch.zeros(self.rows, self.codec.num_codebooks, frames, dtype=torch.long, device=self.device)
-        # rows of one age together: a young one's window begins with its recording
-        for age in self.ages.clamp(max=kept).unique().tolist():
-            same = self.ages.clamp(max=kept) == age
-            found = self.codec.encode(audio[same, (kept - age) * size:])[0]  # (b, K, age + T)
-            codes[same] = F.pad(found, (self.lookahead, 0))[:, :, age:age + frames]
-        return codes
+        frames = audio.shape[1] // self.codec.samples_per_frame
+        window = torch.cat([self.window, audio], 1)
+        self.window = window[:, audio.shape[1]:].clone()
+        first = self.codec.context  # the frames before it are there to be looked back at
+        return self.window_codes(window, self.ages + frames)[:, :, first:first + frames]
 
     def last_codes(self):
         """-> the codes (B, K, lookahead) that are still owed at the end."""
-        size, kept = self.codec.samples_per_frame, self.window.shape[1] // self.codec.samples_per_frame
-        codes = torch.zeros(self.rows, self.codec.num_codebooks, self.lookahead, dtype=torch.long, device=self.device)
-        for age in self.ages.clamp(max=kept).unique().tolist():
-            same = self.ages.clamp(max=kept) == age
-            if age:
-                found = self.codec.encode(self.window[same, (kept - age) * size:])[0]
-                codes[same] = F.pad(found, (self.lookahead, 0))[:, :, -self.lookahead:]
+        return self.window_codes(self.window, self.ages)[:, :, self.codec.context:]
+
+    def window_codes(self, window, ages):
+        """window (B, T * samples_per_frame) of the last frames heard, of which `ages` (B,) or all
+        belong to a row's recording -> codes (B, K, T), 0 before it."""
+        frames = window.shape[1] // self.codec.samples_per_frame
+        codes, ages = self.no_codes(frames), ages.clamp(max=frames)
+        for age in ages[ages > 0].unique().tolist():  # rows of one age together
+            part = window[ages == age, -age * self.codec.samples_per_frame:]
+            codes[ages == age, :, -age:] = self.codec.encode(part)[0]
         return codes
 
     @torch.no_grad()
     def decode(self, codes):
-        """codes (B, K, T), T > 0 -> audio (B, T * samples_per_frame) in [-1, 1], every frame at once."""
+        """codes (B, K, T), T > 0 -> audio (B, T * samples_per_frame) in [-1, 1], every frame at
+        once."""
         check_codes(codes, self.codec.num_codebooks, self.codec.codebook_size)
         return self.codec.decoder(self.codec.fsq.decode(codes), self.said)[:, 0]
 
@@ -685,9 +744,10 @@ class NanoStream(Stream):
 class MimiStream(Stream):
     """Mimi's: transformers' own caches, one set a row, since they cannot forget one row of several.
 
-    State of a row: `encoder` (attention), `padding` (convolutions of the encoder), `decoder` (attention);
-    transformers has none for the decoder's convolutions, so the last `latent` (of the upsampling) and the
-    last REACH outputs of the transformer (`hidden`) are kept, and decoded again in front of the new ones.
+    State of a row: `encoder` (attention), `padding` (convolutions of the encoder), `decoder`
+    (attention); transformers has none for the decoder's convolutions, so the last `latent` (of the
+    upsampling) and the last REACH outputs of the transformer (`hidden`) are kept, and decoded again
+    in front of the new ones.
     """
 
     REACH = 16  # of 40 ms; the convolutions of the released model reach 12 back
@@ -705,20 +765,22 @@ class MimiStream(Stream):
         codes = []
         for row, state in zip(audio, self.states):
             found = self.codec.model.encode(
-                row[None, None], num_quantizers=self.codec.num_codebooks, encoder_cache=state["encoder"],
-                padding_cache=state["padding"], use_streaming=True)
+                row[None, None], num_quantizers=self.codec.num_codebooks, use_streaming=True,
+                encoder_cache=state["encoder"], padding_cache=state["padding"])
             state["encoder"], state["padding"] = found.encoder_cache, found.padding_cache
             codes.append(found.audio_codes)  # (1, K, T)
         return torch.cat(codes)
 
     @torch.no_grad()
     def decode(self, codes):
-        """codes (B, K, T), T > 0 -> audio (B, T * samples_per_frame) in [-1, 1], every frame at once."""
+        """codes (B, K, T), T > 0 -> audio (B, T * samples_per_frame) in [-1, 1], every frame at
+        once."""
         check_codes(codes, self.codec.num_codebooks, self.codec.codebook_size)
         return torch.cat([self._decode(row[None], state) for row, state in zip(codes, self.states)])
 
     def _decode(self, codes, state):
-        """codes (1, K, T) of the row that `state` belongs to -> audio (1, T * samples_per_frame)."""
+        """codes (1, K, T) of the row that `state` belongs to -> audio (1, T * samples_per_frame).
+        """
         decoder = self.codec.model.decoder
         latents = self.codec.model.quantizer.decode(codes.long())  # (1, channels, T)
         known = latents if state["latent"] is None else torch.cat([state["latent"], latents], 2)
@@ -727,49 +789,52 @@ class MimiStream(Stream):
         found = decoder.decoder_transformer(hidden, cache=state["decoder"], use_cache=True)
         hidden = found.last_hidden_state
         known = hidden if state["hidden"] is None else torch.cat([state["hidden"], hidden], 1)
-        audio = decoder.decoder_seanet(known.transpose(1, 2))[:, 0, -codes.shape[2] * self.codec.samples_per_frame:]
-        state |= {"latent": latents[:, :, -1:], "decoder": found.cache, "hidden": known[:, -self.REACH:]}
-        return audio.clamp(-1, 1)
+        audio = decoder.decoder_seanet(known.transpose(1, 2))[:, 0]
+        state |= {"latent": latents[:, :, -1:], "decoder": found.cache,
+                  "hidden": known[:, -self.REACH:]}
+        return audio[:, -codes.shape[2] * self.codec.samples_per_frame:].clamp(-1, 1)
 
 
 def encode_in_pieces(codec, audio, seconds=60.0):
     """A long recording's codes in flat memory: audio (B, N) float32 at the codec's rate -> codes
     (B, K, T), those that codec.encode(audio) gives, from pieces of `seconds`."""
-    if audio.ndim != 2 or audio.shape[1] == 0:
-        raise InputError(f"the codec takes audio (batch, samples) of at least one sample, not {tuple(audio.shape)}")
+    check_audio(audio)
     stream = codec.streaming(len(audio))
     pieces = audio.split(max(round(seconds * codec.sample_rate), 1), 1)
     return torch.cat([*map(stream.encode, pieces), stream.finish()], 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Loading
 
 
 def load_codec(path):
-    """The codec in `path`, in eval mode on the CPU: NanoCodec from a `.nemo` archive (fetched, given its hub name
-    `nvidia/...`), MiniCodec from a `.safetensors` file, Mimi from a folder or the hub (`kyutai/mimi`). Raises InputError
-    on one that is missing, damaged or no codec.
+    """The codec in `path`, in eval mode on the CPU: NanoCodec from a `.nemo` archive (fetched,
+    given its hub name `nvidia/...`), MiniCodec from a `.safetensors` file, Mimi from a folder or
+    the hub (`kyutai/mimi`). Raises InputError on one that is missing, damaged or no codec.
     """
     if Path(path).is_dir() or (str(path).startswith("kyutai/") and not Path(path).exists()):
         return _load_mimi(str(path))
     path = _fetch(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such codec file; give a .nemo archive, a .safetensors file, a folder of Mimi's, "
-                         "nvidia/NAME or kyutai/mimi")
+        raise InputError(f"{path}: no such codec file; give a .nemo archive, a .safetensors file, "
+                         "a folder of Mimi's, nvidia/NAME or kyutai/mimi")
     if path.suffix == ".safetensors":
         return _load_minicodec(path)
     return _load_nemo(path)
 
 
 def fingerprint(path):
-    """16 hex digits that tell codecs apart: SHA-256 of the file that `load_codec(path)` opens, or of a folder's weights.
+    """16 hex digits that tell codecs apart: SHA-256 of the file that `load_codec(path)` opens, or
+    of a folder's weights.
 
-    It travels with a data set and the models trained on it, whose codes mean nothing to another codec.
+    It travels with a data set and the models trained on it, whose codes mean nothing to another
+    codec.
     """
     path = _fetch(path)
     files = [file for file in (path, *sorted(path.glob("*.safetensors"))) if file.is_file()]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files) or str(path).encode()).hexdigest()[:16]
+    content = b"".join(file.read_bytes() for file in files) or str(path).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _load_minicodec(path):
@@ -777,52 +842,60 @@ def _load_minicodec(path):
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no dict)
+            names = file.keys()
+            weights = {name: file.get_tensor(name).float() for name in names}
     except (safetensors.SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a whole .safetensors file ({e}); copy or download it again") from e
+        raise InputError(f"{path}: not a whole .safetensors file ({e}); copy or download it "
+                         "again") from e
     if metadata.get("architecture") != "MiniCodec":
-        raise InputError(f"{path}: not a codec written by train_codec.py (its metadata names no MiniCodec)")
+        raise InputError(f"{path}: not a codec written by train_codec.py (its metadata names no "
+                         "MiniCodec)")
     config = json.loads(metadata["config"])
     if "frame_kernels" not in config:
-        raise InputError(f"{path}: a MiniCodec from before it was causal; take the one in default/, or train it "
-                         "anew with world/train_codec.py")
+        raise InputError(f"{path}: a MiniCodec from before it was causal; take the one in "
+                         "default/, or train it anew with world/train_codec.py")
     codec = MiniCodec(**config)
     try:
         codec.load_state_dict(weights)
     except RuntimeError as e:
-        raise InputError(f"{path}: its weights don't fit its config ({' '.join(str(e).split())[:150]})") from e
+        raise InputError(f"{path}: its weights don't fit its config ({_brief(e)})") from e
     return codec.eval().requires_grad_(False)
 
 
 def _load_mimi(source):
     """A folder or hub name with transformers' config.json and model.safetensors -> Mimi."""
-    from transformers import AutoConfig, MimiModel  # here, since it takes seconds and no other codec needs it
+    # here, since it takes seconds and no other codec needs it
+    from transformers import AutoConfig, MimiModel
     try:
         kind = AutoConfig.from_pretrained(source).model_type
         if kind != "mimi":
-            raise InputError(f"{source}: holds a model of the kind {kind}, not a Mimi codec; give kyutai/mimi or its copy")
+            raise InputError(f"{source}: holds a model of the kind {kind}, not a Mimi codec; give "
+                             "kyutai/mimi or its copy")
         model, report = MimiModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True,
                                                   output_loading_info=True)
     except InputError:
         raise
     except Exception as e:  # no network, no such folder, cut off, of another shape: as many classes
-        raise InputError(f"{source}: cannot be loaded as a Mimi codec ({_brief(e)}); give kyutai/mimi, or without a "
-                         "network a folder with its config.json and model.safetensors") from e
+        raise InputError(f"{source}: cannot be loaded as a Mimi codec ({_brief(e)}); give "
+                         "kyutai/mimi, or without a network a folder with its config.json and "
+                         "model.safetensors") from e
     if missing := report["missing_keys"]:  # transformers would leave them random
-        raise InputError(f"{source}: {len(missing)} of Mimi's weights are missing, the first: {min(missing)}; download it "
-                         "again")
+        raise InputError(f"{source}: {len(missing)} of Mimi's weights are missing, the first: "
+                         f"{min(missing)}; download it again")
     return Mimi(model).eval().requires_grad_(False)
 
 
 def _fetch(path):
-    """The path of a codec; of a hub model `nvidia/NAME` that of its NAME.nemo, downloaded or found in the cache."""
+    """The path of a codec; of a hub model `nvidia/NAME` that of its NAME.nemo, downloaded or found
+    in the cache."""
     name = str(path)
     if Path(path).exists() or not name.startswith("nvidia/"):
         return Path(path)
     try:
         from huggingface_hub import hf_hub_download
         return Path(hf_hub_download(name, name.split("/")[-1] + ".nemo"))
-    except Exception as e:  # no network, no such model, refused, disk full: all end the same way for the user
+    except Exception as e:
+        # no network, no such model, refused, disk full: all end the same way for the user
         raise InputError(f"codec {name}: {hub_problem(e)}") from e
 
 
@@ -838,35 +911,45 @@ def _load_nemo(path):
         raise InputError(f"{path}: not a whole .nemo archive ({_brief(e)}); {again}") from e
     for name, content in files.items():
         if content is None:
-            raise InputError(f"{path}: no {name} in it, so it is cut off or not a .nemo codec archive; {again}")
+            raise InputError(f"{path}: no {name} in it, so it is cut off or not a .nemo codec "
+                             f"archive; {again}")
     try:
         codec = NanoCodec(yaml.safe_load(files["model_config.yaml"]))
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, RuntimeError) as e:  # InputError is a ValueError
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        # a ValueError may be an InputError of NanoCodec's
         what = f"no {e}" if isinstance(e, KeyError) else _brief(e)
-        raise InputError(f"{path}: its model_config.yaml is not one of a NanoCodec ({what}); give a NanoCodec") from e
+        raise InputError(f"{path}: its model_config.yaml is not one of a NanoCodec ({what}); "
+                         "give a NanoCodec") from e
     try:
-        weights = torch.load(io.BytesIO(files["model_weights.ckpt"]), map_location="cpu", weights_only=True)
+        content = io.BytesIO(files["model_weights.ckpt"])
+        weights = torch.load(content, map_location="cpu", weights_only=True)
         weights = fold_weight_norm(weights)
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as e:
-        raise InputError(f"{path}: its model_weights.ckpt cannot be read ({_brief(e)}); {again}") from e
+        raise InputError(f"{path}: its model_weights.ckpt cannot be read ({_brief(e)}); "
+                         f"{again}") from e
     renamed = {_our_name(name): value for name, value in weights.items()}
-    wrong = [f"{name} is {list(renamed[name].shape) if name in renamed else 'missing'}, needs {list(own.shape)}"
-             for name, own in codec.state_dict().items() if name not in renamed or renamed[name].shape != own.shape]
+    wrong = []
+    for name, own in codec.state_dict().items():
+        found = list(renamed[name].shape) if name in renamed else "missing"
+        if found != list(own.shape):
+            wrong.append(f"{name} is {found}, needs {list(own.shape)}")
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} of its weights don't fit its model_config.yaml, so it is no NanoCodec "
-                         f"or a damaged one; the first: {wrong[0]}")
+        raise InputError(f"{path}: {len(wrong)} of its weights don't fit its model_config.yaml, so "
+                         f"it is no NanoCodec or a damaged one; the first: {wrong[0]}")
     codec.load_state_dict(renamed, strict=False)  # the archive holds more than inference needs
     return codec.eval().requires_grad_(False)
 
 
 def fold_weight_norm(weights):
-    """State dict with weight norm in either naming -> the same with plain weights, w = g * v / |v|, |v| per first axis.
+    """State dict with weight norm in either naming -> the same with plain weights, w = g * v / |v|,
+    |v| per first axis.
 
     Old naming: NAME_g, NAME_v. New: parametrizations.NAME.original0 (g), .original1 (v).
     """
     plain = {}
     for name, value in weights.items():
-        name = re.sub(r"parametrizations\.weight\.original([01])$", lambda m: "weight_" + "gv"[int(m[1])], name)
+        name = re.sub(r"parametrizations\.weight\.original([01])$",
+                      lambda m: "weight_" + "gv"[int(m[1])], name)
         if isinstance(value, torch.Tensor):
             plain[name] = value
     for name in [n for n in plain if n.endswith("weight_v")]:
@@ -883,7 +966,8 @@ def _brief(error):
 
 
 def _our_name(nemo_name):
-    """NeMo wraps every convolution and activation once or twice; our modules are those themselves."""
+    """NeMo wraps every convolution and activation once or twice; our modules are those themselves.
+    """
     name = nemo_name.replace("audio_encoder.", "encoder.").replace("audio_decoder.", "decoder.")
     name = name.replace(".conv.", ".").replace(".activation.snake_act.", ".")
     return name.replace(".res_blocks.", ".")

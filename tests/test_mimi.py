@@ -116,7 +116,8 @@ def test_from_recordings_to_speech(tmp_path, tiny, monkeypatch, changes):
     assert np.array(record["codes"]).shape == (2, 8, 6)  # without the two frames of the delay
     audio, rate = soundfile.read(tmp_path / "out" / "dialogue_0000.wav")
     assert rate == 24000 and audio.shape == (6 * 1920, 2) and abs(audio).max() > 0
-    # codes decoded, and a recording through the codec, as evaluate.py hears them: 16 kHz from the codec's own rate
+    # codes decoded, and a recording through the codec, as evaluate.py hears them: 16 kHz from the
+    # codec's own rate
     (found, _), settings = evaluate.find_dialogues(tmp_path / "data", evaluate.Settings(codec=str(mimi))), {"codec": str(mimi)}
     assert evaluate.load_channels(found[0]).shape == (2, 18 * 1280)  # 1.2 s of words and 0.25 s, the recording's end: 1.4 s
     (found, _) = evaluate.find_dialogues(tmp_path / "raw", evaluate.Settings())

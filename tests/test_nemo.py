@@ -1,4 +1,5 @@
-"""Against NeMo itself, random weights of the released sizes: NanoCodec, ECAPA-TDNN, Parakeet-TDT. Run: pytest -m nemo."""
+"""Against NeMo itself, random weights of the released sizes: NanoCodec, ECAPA-TDNN, Parakeet-TDT.
+Run: pytest -m nemo."""
 import tarfile
 
 import numpy as np
@@ -18,7 +19,8 @@ MEL = {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocess
 
 @pytest.fixture(scope="module")
 def nemo():
-    """nemo("tts" or "asr", class, config) -> one of NeMo's models with random weights, always the same."""
+    """nemo("tts" or "asr", class, config) -> one of NeMo's models with random weights, always the
+    same."""
     models = {kind: pytest.importorskip(f"nemo.collections.{kind}.models") for kind in ("tts", "asr")}
     from omegaconf import DictConfig
 
@@ -29,7 +31,8 @@ def nemo():
 
 
 def test_nanocodec_of_released_size(nemo, tmp_path):
-    """Codes equal, audio to 1e-4, on 1.1 s. (Whole frames, so that NeMo's zeros behind a recording play no part.)"""
+    """Codes equal, audio to 1e-4, on 1.1 s. (Whole frames, so that NeMo's zeros behind a recording
+    play no part.)"""
     with tarfile.open(GOLDEN / "codec.nemo") as archive:
         config = yaml.safe_load(archive.extractfile("./model_config.yaml"))
     config["audio_encoder"]["base_channels"], config["audio_decoder"]["base_channels"] = 24, 864
@@ -56,7 +59,8 @@ def test_nanocodec_of_released_size(nemo, tmp_path):
 
 
 def test_ecapa(nemo, tmp_path):
-    """The released encoder's shape: a .nemo file of it embeds speech in 192 numbers, the same for the same speech."""
+    """The released encoder's shape: a .nemo file of it embeds speech in 192 numbers, the same for
+    the same speech."""
     model = nemo("asr", "EncDecSpeakerLabelModel", {
         "sample_rate": RATE, "preprocessor": MEL,
         "encoder": {"_target_": "nemo.collections.asr.modules.ECAPAEncoder", "feat_in": 80,
@@ -75,7 +79,8 @@ def test_ecapa(nemo, tmp_path):
 
 
 def test_parakeet(nemo, tmp_path):
-    """A tiny model of Parakeet-TDT's kind (FastConformer, TDT, subwords): words with times inside the audio."""
+    """A tiny model of Parakeet-TDT's kind (FastConformer, TDT, subwords): words with times inside
+    the audio."""
     import sentencepiece
     (tmp_path / "text").write_text("\n".join(f"the {a} {b} said hello to me" for a in "abcdefgh" for b in "xyz"))
     sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"),

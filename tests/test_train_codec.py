@@ -1,4 +1,5 @@
-"""train_codec.py end to end on noise: trains, is killed, goes on to the same codec, which loads and works."""
+"""train_codec.py end to end on noise: trains, is killed, goes on to the same codec, which loads and
+works."""
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ TINY = ["batch=2", "crop_frames=4", "step_width=24", "frame_width=32", "steps=4"
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """A raw folder: three stereo recordings of 3 s whose channels are noise by turns, and their phones."""
+    """A raw folder: three stereo recordings of 3 s whose channels are noise by turns, and their
+    phones."""
     folder, rng = tmp_path_factory.mktemp("raw"), np.random.default_rng(0)
     for name in ("train/a", "train/b", "validation/c"):
         path = folder / name
@@ -114,7 +116,8 @@ def test_crops_string_clips_together(raw):
 
 
 def test_a_bank(tmp_path):
-    """One clip in HELD is held out, by its text and voice: the same ones when the bank has grown."""
+    """One clip in HELD is held out, by its text and voice: the same ones when the bank has grown.
+    """
     from world.bank import _paths
     rng = np.random.default_rng(0)
     for i in range(60):

@@ -1,17 +1,19 @@
-"""Train MiniCodec (codec.py), the small speech codec of the shipped default, on the clips of the small world:
+"""Train MiniCodec (codec.py), the small speech codec of the shipped default, on the clips of the
+small world:
 
-    python -m world.train_codec data=runs/bank out=runs/codec minutes=40     and, after an interruption,
-                                                                             the same + resume=true
+    python -m world.train_codec data=runs/bank out=runs/codec minutes=40
+    and, after an interruption, the same + resume=true
 
-Writes to `out`: codec.safetensors (for load_codec), checkpoint.pt and log.csv. The recipe is that of Vocos
-(2306.00814) and DAC (2306.06546), cut down to what two CPU cores do in half an hour:
-- a log-mel distance at several resolutions, from the first step to the last;
-- after a share of the time, three small spectrogram discriminators, hinge losses and feature matching;
-- our own: a small head predicts the phonemes from the quantised numbers, so that codes carry words and are
-  easy for a language model. (Moshi, 2410.00037, distils WavLM into Mimi for that; our corpus knows its
-  phonemes.) Data without phones trains without it. The head is thrown away.
-Left out of the usual recipe: period discriminators, loss balancing, quantiser dropout. Time, not steps, sets
-the schedule: a slower machine trains fewer steps, but always to the end of the decay.
+Writes to `out`: codec.safetensors (for load_codec), checkpoint.pt and log.csv. The recipe is that
+of Vocos (2306.00814) and DAC (2306.06546), cut down to what two CPU cores do in half an hour:
+  - a log-mel distance at several resolutions, from the first step to the last;
+  - after a share of the time, three small spectrogram discriminators, hinge losses and feature
+  matching;
+  - our own: a small head predicts the phonemes from the quantised numbers, so that codes carry
+  words and are easy for a language model. (Moshi, 2410.00037, distils WavLM into Mimi for that; our
+  corpus knows its phonemes.) Data without phones trains without it. The head is thrown away. Left
+  out of the usual recipe: period discriminators, loss balancing, quantiser dropout. Time, not
+  steps, sets the schedule: a slower machine trains fewer steps, but always to the end of the decay.
 """
 import copy
 import json
@@ -37,9 +39,9 @@ from world.bank import read_bank
 
 FRAME = STEPS * HOP  # samples
 MEL_SCALES = {256: 20, 512: 40, 1024: 80, 2048: 120}  # STFT window -> mel bands of the distance
-DISC_WINDOWS = (512, 1024, 2048)  # one discriminator each, on spectra that the distance needs anyway
+DISC_WINDOWS = (512, 1024, 2048)  # a discriminator each, on spectra the distance needs too
 HELD = 50  # one clip of a bank in so many is held out
-UNKNOWN = -100  # label of a phone that the checkpoint's bank did not have; cross_entropy leaves it out
+UNKNOWN = -100  # a phone that the checkpoint's bank lacked: cross_entropy leaves such labels out
 COLUMNS = ("step", "minutes", "lr", "mel", "phone", "phone_right", "adversarial", "matching",
            "discriminator", "use", "perplexity", "audio_s_per_s", "seen_mel", "held_mel",
            "held_phone_right")  # of log.csv
@@ -50,7 +52,7 @@ class Settings:
     data: str = "runs/bank"  # bank of world.corpus, or raw: {train,validation}/NAME.flac, NAME.json
     out: str = "runs/codec"  # folder to write to
     resume: bool = False  # go on from out/checkpoint.pt
-    decoder_only: bool = False  # with resume: the encoder stays as it is, and codes made by it valid
+    decoder_only: bool = False  # with resume: the encoder stays, and codes made by it valid
     minutes: float = 40.0  # of training, loading excluded; the learning rate decays to 0 over them
     steps: int = 0  # if above 0, train so many steps instead
     batch: int = 4  # crops a step
@@ -74,9 +76,10 @@ class Settings:
 
 
 def load_clips(folder):
-    """-> (clips to train on, clips held out), each a dict: audio (N,) int16, N whole frames of 1764;
-    phones [[phone, start, end]] in seconds. `folder` holds a bank (world.corpus), of which one clip in
-    HELD is held out, or {train,validation}/ with recordings. Raises InputError if there are none."""
+    """-> (clips to train on, clips held out), each a dict: audio (N,) int16, N whole frames of
+    1764; phones [[phone, start, end]] in seconds. `folder` holds a bank (world.corpus), of which
+    one clip in HELD is held out, or {train,validation}/ with recordings. Raises InputError if there
+    are none."""
     if not (Path(folder) / "train").is_dir():
         clips = [clip | {"held": zlib.crc32(f"{clip['voice']} {clip['text']}".encode()) % HELD == 0}
                  for clip in read_bank(folder)]
@@ -85,24 +88,27 @@ def load_clips(folder):
         parts = [cut_recordings(Path(folder) / split) for split in ("train", "validation")]
     for name, clips in zip(("to train on", "held out"), parts):
         if not clips:
-            raise InputError(f"{folder}: holds no speech {name}; give data=FOLDER, a bank of world.corpus "
-                             f"or recordings ({', '.join(AUDIO_SUFFIXES)}) in train/ and validation/")
+            raise InputError(f"{folder}: holds no speech {name}; give data=FOLDER, a bank of "
+                             "world.corpus or recordings in train/ and validation/")
     return parts
 
 
 def cut_recordings(folder):
-    """Every stretch of speech of every channel of every recording in `folder`, as load_clips' clips."""
+    """Every stretch of speech of every channel of every recording in `folder`, as load_clips'
+    clips."""
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loaded = list(tqdm(pool.map(read_recording, paths), f"load {folder}", len(paths), unit="file",
-                           disable=None))
+        loaded = list(tqdm(pool.map(read_recording, paths), f"load {folder}", len(paths),
+                           unit="file", disable=None))
     clips = []
     for audio, phones in loaded:
         for channel, marks in zip(audio, phones):
             loud = np.abs(channel.reshape(-1, FRAME)).max(1) > 32767 * 10 ** (-50 / 20)  # (T,)
             places = np.flatnonzero(loud)
+            if not len(places):
+                continue
             # half a second of silence (6 frames) parts two stretches
-            for part in np.split(places, np.flatnonzero(np.diff(places) > 6) + 1) if len(places) else ():
+            for part in np.split(places, np.flatnonzero(np.diff(places) > 6) + 1):
                 first, end = part[0], part[-1] + 1
                 shift = first * FRAME / 22050
                 clips.append({"audio": channel[first * FRAME:end * FRAME],
@@ -111,7 +117,8 @@ def cut_recordings(folder):
 
 
 def read_recording(path):
-    """-> (audio (channels, N) int16, N whole frames; per channel [[phone, start, end]], perhaps empty)."""
+    """-> (audio (channels, N) int16, N whole frames; per channel [[phone, start, end]], perhaps
+    empty)."""
     audio = read_audio(path)
     audio = F.pad(audio, (0, -audio.shape[1] % FRAME)).clamp(-1, 1)
     try:
@@ -121,7 +128,8 @@ def read_recording(path):
     except ValueError as e:
         raise InputError(f"{path.with_suffix('.json')}: not valid JSON ({e}); make it again") from e
     # a recording's phones have durations
-    phones = [[[p, start, start + duration] for p, start, duration in m] for m in marks or [()] * len(audio)]
+    phones = [[[phone, start, start + duration] for phone, start, duration in channel]
+              for channel in marks or [()] * len(audio)]
     return (audio * 32767).short().numpy(), phones
 
 
@@ -144,10 +152,11 @@ def label(clips, phones):
 
 
 def crop(clips, frames, rng):
-    """A crop of a random conversation's channel: audio (frames * 1764,) float32, labels (frames * 7,).
+    """A crop of a random conversation's channel: audio (frames * 1764,) float32, labels (frames *
+    7,).
 
-    It begins anywhere in a clip or in the silence before it; the next ones follow, each after 0.1 to 2 s
-    and at its own level, so that silence, edges and loudness are learnt.
+    It begins anywhere in a clip or in the silence before it; the next ones follow, each after 0.1
+    to 2 s and at its own level, so that silence, edges and loudness are learnt.
     """
     audio, labels = np.zeros(frames * FRAME, np.float32), np.zeros(frames * STEPS, np.int16)
     place = None  # of the next clip, in steps
@@ -176,9 +185,11 @@ def crops(clips, count, frames, rng, device):
 
 
 def spectrum(audio, n_fft):
-    """STFT, Hann window, hop n_fft / 4, no padding: (B, N) -> complex (B, N // hop - 3, n_fft // 2 + 1).
+    """STFT, Hann window, hop n_fft / 4, no padding: (B, N) -> complex (B, N // hop - 3, n_fft // 2
+    + 1).
 
-    Made of whole hops put side by side, whose gradient is twice as fast on a CPU as that of torch.stft.
+    Made of whole hops put side by side, whose gradient is twice as fast on a CPU as that of
+    torch.stft.
     """
     hop = n_fft // 4
     hops = audio[:, :audio.shape[1] // hop * hop].unflatten(1, (-1, hop))
@@ -192,8 +203,8 @@ def magnitude(spectra):
 
 
 def mel_distance(a, b, filters):
-    """Mean over resolutions of |log10 mel(a) - log10 mel(b)|; a, b: {n_fft: spectrum}; below -86 dB all
-    is silence."""
+    """Mean over resolutions of |log10 mel(a) - log10 mel(b)|; a, b: {n_fft: spectrum}; below -86 dB
+    all is silence."""
     def log_mel(spectra, n_fft):
         # log is much faster than log10 on a CPU
         return torch.log((magnitude(spectra) @ filters[n_fft]).clamp(min=1e-3)) / math.log(10)
@@ -201,19 +212,24 @@ def mel_distance(a, b, filters):
 
 
 class Discriminator(nn.Module):
-    """A spectrum (B, T, bins) -> maps of all layers, the last being its opinion. 46 k parameters."""
+    """A spectrum (B, T, bins) -> maps of all layers, the last being its opinion. 46 k parameters.
+    """
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(weight_norm(conv).to(memory_format=torch.channels_last) for conv in (
-            nn.Conv2d(3, 16, (3, 9), (1, 4), (1, 4)), nn.Conv2d(16, 24, (3, 9), (1, 2), (1, 4)),
-            nn.Conv2d(24, 32, (3, 5), (2, 2), (1, 2)), nn.Conv2d(32, 32, 3, 1, 1), nn.Conv2d(32, 1, 3, 1, 1)))
+        layers = (nn.Conv2d(3, 16, (3, 9), (1, 4), (1, 4)),
+                  nn.Conv2d(16, 24, (3, 9), (1, 2), (1, 4)),
+                  nn.Conv2d(24, 32, (3, 5), (2, 2), (1, 2)), nn.Conv2d(32, 32, 3, 1, 1),
+                  nn.Conv2d(32, 1, 3, 1, 1))
+        self.layers = nn.ModuleList(weight_norm(layer).to(memory_format=torch.channels_last)
+                                    for layer in layers)
 
     def forward(self, spectra):
         size = magnitude(spectra)
         # square-root compression: quiet harmonics count too, and phase stays visible
         soft = (size + 1e-2).rsqrt()
-        x = torch.stack([spectra.real * soft, spectra.imag * soft, torch.log(size + 1e-3) / 2.3], -1).permute(0, 3, 1, 2)
+        x = [spectra.real * soft, spectra.imag * soft, torch.log(size + 1e-3) / 2.3]
+        x = torch.stack(x, -1).permute(0, 3, 1, 2)  # (B, 3, T, bins)
         maps = []
         for layer in self.layers:
             x = layer(x if not maps else F.leaky_relu(x, 0.1))
@@ -233,14 +249,16 @@ def make_models(s, phones, device):
                          nn.Conv1d(256, max(len(phones), 1) * STEPS, 1)).to(device)
     discs = nn.ModuleDict({str(n): Discriminator() for n in DISC_WINDOWS}).to(device)
     average = copy.deepcopy(codec).requires_grad_(False)  # the running average of the weights
+    adam = {"lr": s.lr, "betas": (0.8, 0.99), "fused": True}
     return {"codec": codec, "average": average, "head": head, "discs": discs,
-            "opt": torch.optim.AdamW([*codec.parameters(), *head.parameters()], s.lr, (0.8, 0.99), fused=True),
-            "opt_disc": torch.optim.AdamW(discs.parameters(), s.lr, (0.8, 0.99), fused=True)}
+            "opt": torch.optim.AdamW([*codec.parameters(), *head.parameters()], **adam),
+            "opt_disc": torch.optim.AdamW(discs.parameters(), **adam)}
 
 
 def reconstruct(codec, head, x, y, filters):
-    """x (B, N), y (B, 7, T) -> (decoded and real spectra, {n_fft: (B, T', bins)} each; codes (B, K, T);
-    losses {mel, phone, phone_right}, the last the share of the steps not silent whose phone is right)."""
+    """x (B, N), y (B, 7, T) -> (decoded and real spectra, {n_fft: (B, T', bins)} each; codes (B, K,
+    T); losses {mel, phone, phone_right}, the last the share of the steps not silent whose phone is
+    right)."""
     with autocast(x.device):
         decoded, quantised, codes = codec(x)
         logits = head(quantised).unflatten(1, (-1, STEPS)).float()  # (B, phones, 7, T)
@@ -251,7 +269,8 @@ def reconstruct(codec, head, x, y, filters):
 
 
 def autocast(device):
-    """Half precision in the matrix products: twice as fast on a GPU and on a CPU that knows bfloat16."""
+    """Half precision in the matrix products: twice as fast on a GPU and on a CPU that knows
+    bfloat16."""
     return torch.autocast(device.type, torch.bfloat16)
 
 
@@ -286,13 +305,16 @@ def fooling(m, fake, on_real, part):
 
 
 def train_step(s, m, x, y, filters, adversarial, rng):
-    """One step of everything on audio x (B, N) and labels y; returns (losses by name, codes (B, K, T))."""
+    """One step of everything on audio x (B, N) and labels y; returns (losses by name, codes (B, K,
+    T))."""
     fake, real, codes, parts = reconstruct(m["codec"], m["head"], x, y, filters)
     loss = s.mel_weight * parts["mel"] + s.phone_weight * parts["phone"]
     if adversarial:
-        # discriminators look at a third of each crop, a random one: else they cost more than all the rest
+        # discriminators look at a third of each crop, a random one: else they cost more than all
+        # the rest
         start, size = rng.random() * 2 / 3, {n: real[n].shape[1] for n in DISC_WINDOWS}
-        part = {n: slice(int(start * size[n]), int((start + 1 / 3) * size[n])) for n in DISC_WINDOWS}
+        part = {n: slice(int(start * size[n]), int((start + 1 / 3) * size[n]))
+                for n in DISC_WINDOWS}
         disc, on_real = discriminator_step(m, fake, real, part)
         fool, match = fooling(m, fake, on_real, part)
         loss = loss + fool + s.match_weight * match
@@ -307,7 +329,8 @@ def train_step(s, m, x, y, filters, adversarial, rng):
 
 
 def held_scores(m, seen, held, filters):
-    """-> {column: value}: clips it was trained on, strung together anew, and clips it never heard."""
+    """-> {column: value}: clips it was trained on, strung together anew, and clips it never heard.
+    """
     with torch.no_grad():
         known = reconstruct(m["average"], m["head"], *seen, filters)[3]
         new = reconstruct(m["average"], m["head"], *held, filters)[3]
@@ -316,7 +339,8 @@ def held_scores(m, seen, held, filters):
 
 
 def code_use(codes, size):
-    """codes (B, K, T) -> {use: share of the `size` codes that occur, perplexity}, means over codebooks."""
+    """codes (B, K, T) -> {use: share of the `size` codes that occur, perplexity}, means over
+    codebooks."""
     counts = torch.stack([torch.bincount(row, minlength=size)
                           for row in codes.transpose(0, 1).flatten(1).cpu()])
     share = counts / counts.sum(1, keepdim=True)  # (K, C)
@@ -324,12 +348,12 @@ def code_use(codes, size):
     return {"use": (counts > 0).float().mean().item(), "perplexity": entropy.exp().mean().item()}
 
 
-def write_row(path, row, eta):
-    """One line of log.csv, and the same to the screen."""
-    with open(path, "a") as log:
+def write_row(s, row, eta):
+    """One line of log.csv, and the same to the screen. eta: minutes."""
+    with open(f"{s.out}/log.csv", "a") as log:
         print(",".join(f"{row[name]:.5g}" if name in row else "" for name in COLUMNS), file=log)
-    print(" ".join(f"{name} {row[name]:.4g}" for name in COLUMNS if name in row), f"eta {eta:.1f} min",
-          flush=True)
+    shown = [f"{name} {row[name]:.4g}" for name in COLUMNS if name in row]
+    print(*shown, f"eta {eta:.1f} min", flush=True)
 
 
 def save(s, m, phones, step, spent):
@@ -341,30 +365,35 @@ def save(s, m, phones, step, spent):
 
 
 def read_checkpoint(s, device):
-    """The checkpoint in `out`, or None where a training begins. Raises InputError where `resume` is wrong."""
+    """The checkpoint in `out`, or None where a training begins. Raises InputError where `resume` is
+    wrong."""
     path = Path(s.out) / "checkpoint.pt"
     if not s.resume:
         if path.exists():
-            raise InputError(f"{s.out}: a training is there already; give resume=true to go on, or another out=")
+            raise InputError(f"{s.out}: a training is there already; give resume=true to go on, or "
+                             "another out=")
         if s.decoder_only:
-            raise InputError("decoder_only=true goes on from a trained codec; add resume=true and its out=")
+            raise InputError("decoder_only=true goes on from a trained codec; add resume=true and "
+                             "its out=")
         return None
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except OSError as e:
         raise InputError(f"{path}: no checkpoint to go on from; leave out resume=true") from e
     except Exception as e:  # cut off, no checkpoint: as many classes as ways
-        raise InputError(f"{path}: damaged ({' '.join(str(e).split())[:120]}); begin anew elsewhere") from e
+        raise InputError(f"{path}: damaged ({' '.join(str(e).split())[:120]}); begin anew with "
+                         "another out=") from e
 
 
 def restore(s, m, state):
-    """Fills the modules and optimizers from a checkpoint. Raises InputError where they don't fit."""
+    """Fills the modules and optimizers from a checkpoint. Raises InputError where they don't fit.
+    """
     try:
         for name, module in m.items():
             module.load_state_dict(state[name])
     except Exception as e:
         raise InputError(f"{s.out}/checkpoint.pt: doesn't fit these settings "
-                         f"({' '.join(str(e).split())[:120]}); use the settings it was made with") from e
+                         f"({' '.join(str(e).split())[:120]}); use those it was made with") from e
     if s.decoder_only:
         m["codec"].load_state_dict(m["average"].state_dict())
         for name, weight in m["codec"].named_parameters():
@@ -381,10 +410,11 @@ def main(argv):
     clips, held_clips = load_clips(s.data)
     phones = state["phones"] if state else name_phones([*clips, *held_clips])
     label([*clips, *held_clips], phones)
-    seconds = sum(len(clip["audio"]) for clip in clips) / 22050
     m = make_models(s, phones, device)
-    print(f"{len(clips)} clips, {seconds / 60:.1f} min of speech; {len(held_clips)} held out; {len(phones)} "
-          f"phones; {sum(p.numel() for p in m['codec'].parameters()) / 1e6:.2f} M parameters; on {device}")
+    minutes = sum(len(clip["audio"]) for clip in clips) / 22050 / 60
+    size = sum(p.numel() for p in m["codec"].parameters()) / 1e6
+    print(f"{len(clips)} clips, {minutes:.1f} min of speech; {len(held_clips)} held out; "
+          f"{len(phones)} phones; {size:.2f} M parameters; on {device}")
     if state:
         restore(s, m, state)
     Path(s.out).mkdir(parents=True, exist_ok=True)
@@ -396,14 +426,15 @@ def main(argv):
 
 
 def loop(s, m, clips, held_clips, phones, step, spent, device):
-    """Trains from `step` on, `spent` seconds into the training, to the end; returns the last step."""
+    """Trains from `step` on, `spent` seconds into the training, to the end; returns that step."""
     filters = {n: mel_filters(bands, n, 22050).to(device) for n, bands in MEL_SCALES.items()}
-    seen, held = (crops(c, 16, s.crop_frames, np.random.default_rng(1), device) for c in (clips, held_clips))
+    seen, held = (crops(some, 16, s.crop_frames, np.random.default_rng(1), device)
+                  for some in (clips, held_clips))
     clock = saved = logged = time.time()
-    scores, parts, seen_codes = {}, [], []
+    scores, parts, all_codes = {}, [], []
     while True:
         progress = step / s.steps if s.steps else spent / 60 / s.minutes
-        lr = s.lr * min(1, (step + 1) / s.warmup) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1)))
+        lr = s.lr * min(1, (step + 1) / s.warmup) * (1 + math.cos(math.pi * min(progress, 1))) / 2
         for group in m["opt"].param_groups + m["opt_disc"].param_groups:
             group["lr"] = lr
 
@@ -412,12 +443,12 @@ def loop(s, m, clips, held_clips, phones, step, spent, device):
             save(s, m, phones, step, spent)
             saved = time.time()
         if parts and (step % 50 == 0 or progress >= 1):
-            row = {name: torch.stack([p[name] for p in parts if name in p]).mean().item() for name in parts[-1]}
-            row |= code_use(torch.cat(seen_codes), m["codec"].codebook_size) | scores
-            row |= {"step": step, "minutes": spent / 60, "lr": lr,
-                    "audio_s_per_s": len(parts) * s.batch * s.crop_frames / 12.5 / (time.time() - logged)}
-            write_row(f"{s.out}/log.csv", row, max(spent / 60 * (1 / progress - 1), 0))
-            scores, parts, seen_codes, logged = {}, [], [], time.time()
+            seconds = len(parts) * s.batch * s.crop_frames / 12.5
+            row = {"step": step, "minutes": spent / 60, "lr": lr,
+                   "audio_s_per_s": seconds / (time.time() - logged)}
+            row |= means(parts) | code_use(torch.cat(all_codes), m["codec"].codebook_size) | scores
+            write_row(s, row, max(spent / 60 * (1 / progress - 1), 0))
+            scores, parts, all_codes, logged = {}, [], [], time.time()
         if progress >= 1:
             return step
 
@@ -425,11 +456,19 @@ def loop(s, m, clips, held_clips, phones, step, spent, device):
         rng = np.random.default_rng((s.seed, step))
         x, y = crops(clips, s.batch, s.crop_frames, rng, device)
         losses, codes = train_step(s, m, x, y, filters, progress >= s.adversarial_from, rng)
+        keep = min(s.ema, (1 + step) / (10 + step))  # a short memory at first
         with torch.no_grad():
-            keep = min(s.ema, (1 + step) / (10 + step))  # a short memory at first
-            torch._foreach_lerp_(list(m["average"].parameters()), list(m["codec"].parameters()), 1 - keep)
-        parts.append(losses), seen_codes.append(codes)
+            torch._foreach_lerp_(list(m["average"].parameters()), list(m["codec"].parameters()),
+                                 1 - keep)
+        parts.append(losses), all_codes.append(codes)
         step, spent, clock = step + 1, spent + time.time() - clock, time.time()
+
+
+def means(parts):
+    """[{name: loss}] of some steps -> {name: mean}, of the steps that have it."""
+    names = {name for part in parts for name in part}
+    return {name: torch.stack([part[name] for part in parts if name in part]).mean().item()
+            for name in names}
 
 
 if __name__ == "__main__":
