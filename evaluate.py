@@ -40,7 +40,7 @@ from codec import AUDIO_SUFFIXES, fingerprint, load_codec, read_audio
 from config import InputError, load_settings, over_cores, write_atomically
 from data import FRAME_RATE, Dialogues, collate, load_dialogues, made_with
 from data import segments as segments_of
-from listen import RATE, quality, recognise, speaker_encoder, to_16k, voiced
+from listen import RATE, own_speech, quality, recognise, speaker_encoder, strip_tags, to_16k
 from turns import INTERRUPTION, OVERLAP, SPLIT, count_events, label_segments, merge_words, turn_taking
 
 CACHE = 3  # raise when `hear` changes, so that old results are not taken for new ones
@@ -80,7 +80,7 @@ def _normaliser():
 def normalise(text):
     """Text for WER, by Whisper's normaliser for English: no pads, behaviour tokens or noise tags, lower case, no
     punctuation, no "um" and "uh", numbers as digits, contractions written out (paper C.1)."""
-    return _normaliser()(re.sub(r"[()]", " ", text.replace("’", "'"))).strip()
+    return _normaliser()(re.sub(r"[()]", " ", strip_tags(text).replace("’", "'"))).strip()
 
 
 def from_raw(info, voices):
@@ -222,8 +222,8 @@ def hear(audio, dialogue, settings):
     """
     heard = {"duration": audio.shape[1] / RATE, "channels": []}
     rng = np.random.default_rng([settings.seed, zlib.crc32(np.ascontiguousarray(audio))])
-    for channel in audio:
-        speech, phrases = voiced(channel), []
+    for channel, speech in zip(audio, own_speech(audio)):
+        phrases = []
         for start, end in speech:  # stretches less than 0.3 s apart are a phrase: the recogniser needs context
             if phrases and start - phrases[-1][1] < 0.3:
                 phrases[-1][1] = end
