@@ -580,7 +580,7 @@ class Session:
             self.server.release(self)
             self.ended = self.ended or "closed"
             self.out.put_nowait((WSCloseCode.OK, b""))
-            await asyncio.wait([sender], timeout=5)
+            await asyncio.wait([sender], timeout=2)
             if not sender.done():  # nobody fetches what is sent
                 sender.cancel()
                 self.transport.abort()

@@ -136,7 +136,7 @@ async def talk(cfg, frames):
         url = f"{cfg.url}?{query}"
         check = not cfg.insecure
         await explain_refusal(http, url, check)
-        async with http.ws_connect(url, ssl=check, max_msg_size=0, timeout=30) as ws:
+        async with http.ws_connect(url, ssl=check, max_msg_size=0) as ws:
             listening = asyncio.create_task(answer.listen(ws, play))
             if sound:
                 await send_microphone(ws, sound, frames)
@@ -153,15 +153,17 @@ async def talk(cfg, frames):
 async def explain_refusal(http, url, check):
     """Raises InputError with what the server has against the query; nothing if it has nothing, or
     is not one of ours."""
-    asked = url.replace("ws", "http", 1).replace("/api/chat", "/api/check")
+    asked, error = url.replace("ws", "http", 1).replace("/api/chat", "/api/check"), None
     try:
         async with http.get(asked, ssl=check) as response:
             if response.status in (400, 401, 403, 503):
-                raise InputError(f"the server refuses: {(await response.json())['error']}")
-    except aiohttp.ClientCertificateError as e:
+                error = (await response.json())["error"]
+    except aiohttp.ClientConnectorCertificateError as e:
         raise InputError(f"{url}: nobody has signed its certificate; insecure=true takes it") from e
     except (aiohttp.ClientError, ValueError) as e:
         raise InputError(f"{url}: cannot be reached ({e}); is serve.py running there?") from e
+    if error:
+        raise InputError(f"the server refuses: {error}")
 
 
 def open_sound():
