@@ -1,13 +1,21 @@
 """Two instances of F-Actor talking to each other (paper section 5.1), or one answering a recording.
 
-    python generate.py                              a prompt of the test set, by the shipped model, to out/
+    python generate.py                              a prompt of the test set, to out/
     python generate.py n=20 first=5 batch=10        twenty of them, ten at a time
     python generate.py --prompts FILE.json          own prompts (README.md shows the form)
     python generate.py --user FILE.wav              the other speaker is a recording
+    torchrun --nproc_per_node=4 generate.py n=20    the dialogues split over processes, same files
 
-Writes per dialogue a stereo NAME.wav, NAME.json (prompts, settings, texts with times, codes) and NAME.png (timeline).
+Writes per dialogue a stereo NAME.wav, NAME.json (prompts, settings, texts with times, codes) and
+NAME.png (timeline).
+
+The file in reading order: how ids are drawn (Sampler, Draws), what the rows of a batch remember
+(Memory, decode_frame), the two together as a running batch (Conversation), a dialogue from its
+prompts to its codes (converse, talk), and what the command does with it.
 """
 import json
+import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,16 +24,15 @@ from pathlib import Path
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache
 
-from codec import fingerprint, load_codec, read_audio, write_audio
-from config import InputError, load_settings, write_atomically
+from codec import fingerprint, load_codec, read_audio, set_level, write_audio
+from config import InputError, load_settings, read_text, use_threads, write_atomically
 from data import (
-    BC,
     EXTRA_TOKENS,
     FRAME_RATE,
-    INTER,
     SILENCE_PAD,
     WORD_PAD,
     event_counts,
@@ -33,12 +40,17 @@ from data import (
     load_dialogues,
     made_with,
     make_prompt,
+    mark_kind,
+    pad_left,
 )
 from model import load_checkpoint
 from turns import label_segments, merge_words
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
+
+LOOK = 16  # frames between two looks at which dialogues are over: a look waits for the GPU
+LLAMA_LIKE = ("llama", "mistral", "qwen2")  # what decode_frame knows; all three are one structure
 
 
 @dataclass
@@ -57,139 +69,577 @@ class Config:
     # a recording as the other speaker
     user: str = ""
     user_channel: int = -1  # which channel of it, if it has several
+    level: float = -20.0  # dB of full scale that its speech is brought to; 0: as it is
     listen: float = 4.0  # seconds that the model may go on speaking after the recording's end
-    # sampling (paper table 5)
-    temperature: float = 0.9  # 0: greedy
-    top_k: int = 40  # 0: all
-    top_p: float = 1.0
+    # sampling; -1: as the checkpoint says, else the paper's (table 5: temperature 0.9, top-k 40)
+    temperature: float = -1.0  # of all three that follow; 0: greedy
+    decision_temperature: float = -1.0  # what the text does: which pad, which mark, or a word
+    word_temperature: float = -1.0  # which word, where it is one
+    audio_temperature: float = -1.0
+    top_k: int = -1  # of text and audio; 0: all
+    text_top_k: int = -1
+    audio_top_k: int = -1
+    top_p: float = -1.0  # of text and audio
+    text_top_p: float = -1.0
+    audio_top_p: float = -1.0
     max_frames: int = 1024  # limit for two instances; a recording is heard to its end
     seed: int = 0  # dialogue i of a run uses seed + i, whatever the batch
-    resume: bool = False  # keep the dialogues that are already in `out`, if their settings are these
+    resume: bool = False  # keep the dialogues already in `out`, if their settings are these
 
 
+# ---- how ids are drawn ----
+
+
+@dataclass
 class Sampler:
-    """Draws ids from logits with one random generator per dialogue, so that a dialogue does not depend on its batch."""
+    """How the ids of some dialogues are drawn, and from which seeds.
 
-    def __init__(self, seeds, temperature, top_k, top_p):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.greedy = temperature == 0
-        self.warpers = LogitsProcessorList()
-        if not self.greedy:
-            self.warpers.append(TemperatureLogitsWarper(temperature))
-            if top_k:
-                self.warpers.append(TopKLogitsWarper(top_k))
-            if top_p < 1:
-                self.warpers.append(TopPLogitsWarper(top_p))
+    The paper has one temperature (0.9, top-k 40: table 5). Here the text is drawn in two steps,
+    each with its own: the *decision* (which pad, which mark, the end, or a word), then, if it is a
+    word, *which*. Events are rare, so a low temperature makes them vanish; words break at a high
+    one. With equal temperatures the two steps are one draw, the paper's.
 
-    def __call__(self, logits):
-        """logits (B, ..., V), B a multiple of the number of dialogues -> ids (B, ...)."""
-        if self.greedy:
-            return logits.argmax(-1)
-        flat = self.warpers(None, logits.flatten(0, -2).float()).view_as(logits)
-        shape = (logits.shape[0] // len(self.generators), *logits.shape[1:])
-        noise = torch.cat([torch.empty(shape).exponential_(generator=g) for g in self.generators]).to(logits.device)
-        return (flat.softmax(-1) / noise).argmax(-1)  # exponential race: the same as a draw from the softmax
+    seeds: one a dialogue; its rows draw apart from each other. None: as temperature, top_k, top_p.
+    temperature 0 is greedy, top_k 0 takes all ids. Raises InputError outside these ranges.
+    """
+    seeds: list
+    temperature: float = 0.9
+    top_k: int = 40
+    top_p: float = 1.0
+    decision_temperature: float | None = None
+    word_temperature: float | None = None
+    audio_temperature: float | None = None
+    text_top_k: int | None = None
+    audio_top_k: int | None = None
+    text_top_p: float | None = None
+    audio_top_p: float | None = None
+
+    def kinds(self):
+        """[decision, word, audio], each as [temperature, top_k, top_p], top_k inf for all."""
+        def own(name, common):
+            value = getattr(self, f"{name}_{common}")
+            return getattr(self, common) if value is None else value
+        rows = [[own(kind, "temperature"), own(stream, "top_k"), own(stream, "top_p")]
+                for kind, stream in (("decision", "text"), ("word", "text"), ("audio", "audio"))]
+        for row in rows:
+            temperature, top_k, top_p = row
+            if not (0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1):
+                raise InputError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: a "
+                                 "temperature and a top_k are 0 or more, a top_p is in (0, 1]")
+            # greedy: of the best id alone, at whatever temperature
+            row[:] = [temperature, top_k or math.inf, top_p] if temperature else [1, 1, 1]
+        return rows
 
 
-@torch.inference_mode()
-def talk(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user_codes=None,
-         on_frame=lambda t, text: None):
-    """Generate dialogues frame by frame (paper section 5.1, spec 6), with one forward pass a frame for all of them.
+def sampling_of(cfg, trained):
+    """The keywords of Sampler that are not the paper's: the checkpoint's (key `sampling` of its
+    config, the dict `trained`), then those of the settings `cfg` that are not -1. Raises InputError
+    for a keyword that Sampler has not."""
+    names = [name for name in Sampler.__dataclass_fields__ if name != "seeds"]
+    asked = {name: getattr(cfg, name) for name in names if getattr(cfg, name) != -1}
+    stored = trained.get("sampling") or {}
+    if unknown := set(stored) - set(names):
+        raise InputError(f"the checkpoint's config.json: `sampling` has {sorted(unknown)}; known "
+                         f"are {', '.join(names)}")
+    # temperature=1 on the command line means all temperatures, also where the checkpoint has three
+    kept = {name: value for name, value in stored.items()
+            if not any(name.endswith(f"_{common}") for common in asked)}
+    return kept | asked
 
-    prompts: list of B instruction texts; speakers: (B, S) embeddings. Rows 2i and 2i+1 are the two instances of dialogue
-    i: the audio that one says is what the other hears. With user_codes (K, T) instead every row is one instance that
-    hears this recording.
-    on_frame(t, text): called with every new frame's text ids (B,). max_frames: limit, the delay's frames included; a
-    recording is heard to its end instead.
-    Returns a list of (codes (K, T_i), text ids (T_i,)) for the B rows, without the delay's frames.
+
+def pick(scores, order, u, kind):
+    """One place of each row, drawn by inverting the cumulative distribution in the order of ids,
+    so that how many candidates the other rows need changes nothing.
+
+    scores, order (B, ..., N): of `candidates`; u (B, ...): uniform numbers in [0, 1); kind (B, 3):
+    temperature, top_k, top_p of each row. Returns places (B, ...).
+    """
+    temperature, top_k, top_p = kind.T.reshape(3, -1, *[1] * (scores.ndim - 1))
+    rank = scores.isfinite().cumsum(-1) - 1  # among those that may be taken
+    chance = (scores / temperature).masked_fill(rank >= top_k, -torch.inf).softmax(-1)
+    # nucleus: what stands in front of an id is less than top_p; the best id is always in
+    chance = torch.where(chance.cumsum(-1) - chance < top_p, chance, 0)
+    sums = chance.gather(-1, order).cumsum(-1)
+    place = (sums <= u[..., None] * sums[..., -1:]).sum(-1, keepdim=True)
+    place = place.clamp(max=scores.shape[-1] - 1)  # where none may be taken: any, it is not used
+    return order.gather(-1, place)[..., 0]
+
+
+def most(kinds):
+    """How many candidates the settings [[temperature, top_k, top_p], ...] need; 0: all, unsorted,
+    where none of them has a limit."""
+    if all(top_k == math.inf and top_p == 1 for _, top_k, top_p in kinds):
+        return 0
+    return min(max(top_k for _, top_k, _ in kinds), 2 ** 30)
+
+
+def candidates(logits, most):
+    """The `most` best of logits (..., V), best first: (logits, ids, places in the order of ids).
+    0: all of them, unsorted."""
+    if most:
+        scores, ids = logits.float().topk(min(most, logits.shape[-1]))
+        return scores, ids, ids.argsort(-1)
+    ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    return logits.float(), ids, ids
+
+
+class Draws:
+    """Draws the ids of B rows, each with settings and random numbers of its own, so that a row's
+    ids do not depend on its batch.
+
+    A frame of a row takes 2 + K uniform numbers (decision, word, audio) of the row's generator,
+    which are drawn for BLOCK frames at a time.
+    """
+    BLOCK = 64
+
+    def __init__(self, decisions, codebooks, size):
+        """decisions (V,): which text ids are decisions, not words; size: most rows."""
+        self.decisions, device = decisions, decisions.device
+        self.kinds = torch.ones(size, 3, 3, device=device)  # [decision, word, audio], as of Sampler
+        self.noise = torch.zeros(size, self.BLOCK, 2 + codebooks, device=device)
+        self.generators, self.asked = [], []  # of each row; what is asked: Sampler.kinds()
+
+    def join(self, sampler, count):
+        """`count` rows more, count / len(seeds) of each dialogue."""
+        kinds, begin = sampler.kinds(), len(self.generators)
+        self.kinds[begin:begin + count] = torch.tensor(kinds)
+        sides = count // len(sampler.seeds)
+        for seed in sampler.seeds:
+            for side in range(sides):
+                self.generators.append(torch.Generator().manual_seed(2 * seed + side))
+                self.asked.append(kinds)
+        self._count_candidates()
+
+    def leave(self, row):
+        """The last row takes the place of `row`."""
+        last = len(self.generators) - 1
+        for values in (self.kinds, self.noise):
+            values[row] = values[last]
+        for values in (self.generators, self.asked):
+            values[row] = values[last]
+            values.pop()
+        self._count_candidates()
+
+    def _count_candidates(self):
+        self.text_most = most([kind for asked in self.asked for kind in asked[:2]])
+        self.audio_most = most([asked[2] for asked in self.asked])
+
+    def uniform(self, rows, ages, age):
+        """rows: slice of the batch; ages, age: frames that each has made, as a list and (B,)."""
+        for row in range(rows.start, rows.stop):
+            if ages[row] % self.BLOCK == 0:
+                noise = torch.rand(self.noise.shape[1:], generator=self.generators[row])
+                self.noise[row] = noise.clamp(max=1 - 2 ** -20)  # rounding never reaches the end
+        return self.noise[rows][torch.arange(len(age), device=age.device), age % self.BLOCK]
+
+    def text(self, logits, u, rows):
+        """logits (B, V), u (B, 2 + K) of `uniform` -> ids (B,)."""
+        scores, ids, order = candidates(logits, self.text_most)
+        decided = self.decisions[ids]  # (B, N)
+        # not below the row's top_k, also where another row needs more candidates
+        limit = self.kinds[rows, :2, 1].amax(1, keepdim=True)
+        low = torch.arange(scores.shape[-1], device=scores.device) >= limit
+        words = scores.masked_fill(decided | low, -torch.inf)
+        decision = pick(scores, order, u[:, 0], self.kinds[rows, 0])[:, None]
+        word = pick(words, order, u[:, 1], self.kinds[rows, 1])[:, None]
+        return ids.gather(1, torch.where(decided.gather(1, decision), decision, word))[:, 0]
+
+    def audio(self, logits, u, rows):
+        """logits (B, K, C+2), u (B, 2 + K) of `uniform` -> ids (B, K)."""
+        scores, ids, order = candidates(logits, self.audio_most)
+        return ids.gather(2, pick(scores, order, u[:, 2:], self.kinds[rows, 2])[..., None])[..., 0]
+
+
+# ---- what the rows remember ----
+
+
+class Memory:
+    """Keys and values of B rows of different age, in tensors of a fixed size: the prefix, which
+    stays, and a ring of the last R frames, in which a new frame takes the place of the oldest.
+
+        slots of a row   [ prefix, P | frame R, frame 1, frame 2, ..., frame R-1 ]   at age R + 1
+
+    Keys are stored as they stood when they came (rotated to their position), for attention sees
+    only distances. For the ring these are at most R. The prefix would move away for ever, beyond
+    what the model was trained on; so for the prefix alone the query stands where it would stand if
+    only the R frames in the ring had been. While the ring is not full this is the plain model.
+    """
+
+    def __init__(self, backbone, size, prefix_size, frames, like):
+        """like: a tensor with the device and type that are wanted."""
+        config = backbone.config
+        self.heads = config.num_key_value_heads
+        self.dim = backbone.base_model.layers[0].self_attn.head_dim
+        self.prefix_size, self.frames = prefix_size, frames
+        shape = (size, self.heads, prefix_size + frames, self.dim)
+        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.bias = like.new_full((size, shape[2]), -torch.inf)  # 0 where something is
+        self.lengths = torch.zeros(size, dtype=torch.long, device=like.device)  # of the prefixes
+        self.age = torch.zeros_like(self.lengths)  # frames that each row has made
+        self.ages = []  # the same on this side of the GPU, for the rows that are there
+        rotary = backbone.base_model.rotary_emb
+        # in double precision, since positions of a long conversation are large
+        self.frequencies, self.scaling = rotary.inv_freq.double(), rotary.attention_scaling
+
+    def join(self, prefix):
+        """The rows of a Prefix, at the end."""
+        begin, (count, width) = len(self.ages), prefix.mask.shape
+        rows = slice(begin, begin + count)
+        for mine, new in zip(self.keys + self.values, prefix.keys + prefix.values):
+            mine[rows, :, :width] = new
+        self.bias[rows] = -torch.inf
+        self.bias[rows, :width].masked_fill_(prefix.mask, 0)
+        self.lengths[rows], self.age[rows] = prefix.mask.sum(1), 0
+        self.ages += [0] * count
+        return rows
+
+    def leave(self, row):
+        """The last row takes the place of `row`."""
+        last = len(self.ages) - 1
+        for values in (*self.keys, *self.values, self.bias, self.lengths, self.age, self.ages):
+            values[row] = values[last]
+        self.ages.pop()
+
+    def rotation(self, positions):
+        """positions (B,) -> what `rotate` needs, two tensors (B, 1, dim)."""
+        angles = positions[:, None, None].double() * self.frequencies
+        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        kind = self.bias.dtype
+        return torch.cat([cos, cos], -1).to(kind), torch.cat([-sin, sin], -1).to(kind)
+
+    def place(self, rows):
+        """Makes room for one more frame of `rows` (a slice). Returns (their slots (B,), rotation
+        for the ring, rotation for the prefix or None where it is the same, bias (B * heads, 1, S)
+        of the S slots in use)."""
+        age = self.age[rows]
+        slots = self.prefix_size + age % self.frames
+        self.bias[rows].scatter_(1, slots[:, None], 0)
+        near = self.rotation(self.lengths[rows] + age)
+        longest, far = max(self.ages[rows]), None
+        if longest >= self.frames:
+            far = self.rotation(self.lengths[rows] + age.clamp(max=self.frames - 1))
+        used = self.prefix_size + min(longest + 1, self.frames)
+        bias = self.bias[rows, None, :used].expand(-1, self.heads, -1).reshape(-1, 1, used)
+        return slots, near, far, bias
+
+    def advance(self, rows):
+        self.age[rows] += 1
+        for row in range(rows.start, rows.stop):
+            self.ages[row] += 1
+
+
+def rotate(x, rotation):
+    """Rotary position embedding: x (B, heads, dim), rotation of Memory.rotation."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(query, far_query, keys, values, bias, prefix_size):
+    """One frame's attention. query (B, heads, dim); far_query: the one for the prefix, or None;
+    keys, values (B, kv_heads, S, dim); bias (B * kv_heads, 1, S). Returns (B, heads * dim)."""
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # (B * kv_heads, S, dim)
+    scale = query.shape[-1] ** -0.5
+
+    def scores(query, keys, bias):  # the heads that share keys are rows of one product
+        query = query.reshape(len(keys), -1, query.shape[-1])
+        return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scale)
+    score = scores(query, keys, bias)  # (B * kv_heads, heads / kv_heads, S)
+    if far_query is not None:
+        score[..., :prefix_size] = scores(far_query, keys[:, :prefix_size], bias[..., :prefix_size])
+    weights = score.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return (weights @ values).view(len(query), -1)
+
+
+def decode_frame(backbone, x, memory, rows):
+    """The backbone's forward pass for one frame of `rows` (a slice): transformers' for Llama, but
+    keys and values are written to `memory` in place, and rows may differ in age.
+
+    x (B, hidden): the embedded frame -> (B, hidden).
+    """
+    def norm(module, x):
+        return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+    slots, near, far, bias = memory.place(rows)
+    network, used = backbone.base_model, bias.shape[-1]
+    number = torch.arange(rows.start, rows.stop, device=x.device)
+    for layer, keys, values in zip(network.layers, memory.keys, memory.values):
+        attention, h = layer.self_attn, norm(layer.input_layernorm, x)
+        query, key, value = (project(h).view(len(x), -1, memory.dim) for project in
+                             (attention.q_proj, attention.k_proj, attention.v_proj))
+        keys[number, :, slots], values[number, :, slots] = rotate(key, near), value
+        mixed = attend(rotate(query, near), None if far is None else rotate(query, far),
+                       keys[rows, :, :used], values[rows, :, :used], bias, memory.prefix_size)
+        x = x + attention.o_proj(mixed)
+        x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+    memory.advance(rows)
+    return norm(network.norm, x)
+
+
+def project(x, weight):
+    """x (B, hidden), weight (N, hidden) -> (B, N), for the long weights of the heads: on a CPU in
+    pieces, since one long product of few rows takes half as long again."""
+    if x.is_cuda:
+        return F.linear(x, weight)
+    return torch.cat([F.linear(x, part) for part in weight.split(1024)], 1)
+
+
+# ---- a running batch ----
+
+
+@dataclass
+class Prefix:
+    """N rows after their speaker vectors and prompts; kept, it can be joined again and again."""
+    keys: list  # per layer (N, kv_heads, 1 + P, dim)
+    values: list
+    mask: torch.Tensor  # (N, 1 + P), False where a shorter prompt is padded
+    hidden: torch.Tensor  # (N, hidden): of the last position, which predicts frame 0
+
+
+@torch.no_grad()
+def read_prefix(model, tokenizer, prompts, speakers):
+    """prompts: N instruction texts; speakers: (N, S) embeddings -> Prefix.
+
+    Raises InputError for a prompt longer than the model's positions.
     """
     device = model.dsu_head.weight.device
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    longest = max(map(len, ids))
-    pad = tokenizer.eos_token_id
-    prompt = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)  # (B, P)
-    prompt_mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in ids], device=device)
-    prompt_mask = None if prompt_mask.all() else prompt_mask
-    rows, codebooks, delay_id, end_id = len(prompts), model.num_codebooks, fmt.codebook_size, fmt.codebook_size + 1
-    partner = torch.arange(rows, device=device) ^ 1  # 0 <-> 1, 2 <-> 3, ...
-    if user_codes is not None:
-        max_frames = user_codes.shape[1] + fmt.delay
-        heard = torch.full((codebooks, max_frames), delay_id, device=device)
-        heard[:, fmt.delay:] = user_codes.to(device)
+    positions = model.backbone.config.max_position_embeddings
+    if (longest := max(map(len, ids))) + 2 > positions:
+        raise InputError(f"a prompt of {longest} tokens: the model has {positions} positions for "
+                         "prompt and dialogue; shorten the narrative")
+    prompt, mask = pad_left(ids, tokenizer.eos_token_id)
+    prompt, mask = prompt.to(device), None if mask is None else mask.to(device)
     cache = DynamicCache()
-    hidden = model(prompt=prompt, speaker=speakers.to(device), prompt_mask=prompt_mask, cache=cache)
-    lengths = [None] * rows
-    audio, text = [], []
-    for t in range(max_frames):
-        last = hidden[:, -1]  # (B, hidden)
-        next_text = sampler(model.text_logits(last))  # (B,)
-        if t < fmt.delay:
-            said = torch.full((rows, codebooks), delay_id, device=device)
-        else:
-            logits = model.audio_logits(last)[:, :codebooks]  # (B, K, C+2): the system heads
-            logits[..., delay_id] = float("-inf")  # no audio, only what stands in front of it
-            if user_codes is not None:
-                logits[..., end_id] = float("-inf")  # it is the recording that ends
-            said = sampler(logits)  # (B, K)
-        user = said[partner] if user_codes is None else heard[:, t].expand(rows, -1)
-        ended = ((said == end_id) | (user == end_id)).any(1).tolist()
-        lengths = [t if done and length is None else length for done, length in zip(ended, lengths)]
-        if None not in lengths:
-            break
-        audio.append(said)
-        text.append(next_text)
-        on_frame(t, next_text.tolist())
-        if t + 1 < max_frames:
-            frame = torch.cat([said, user], 1)[..., None]  # (B, 2K, 1)
-            hidden = model(frame, next_text[:, None], prompt_mask=prompt_mask, cache=cache)
-    if not audio:
-        return [(torch.zeros(codebooks, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long))] * rows
-    audio, text = torch.stack(audio, -1).cpu(), torch.stack(text, -1).cpu()  # (B, K, T), (B, T)
-    lengths = [audio.shape[-1] if length is None else length for length in lengths]
-    # the text of a frame stands `delay` frames before its audio, so the same index is the same time after the cut
-    return [(audio[b, :, fmt.delay:length], text[b, :max(0, length - fmt.delay)]) for b, length in enumerate(lengths)]
+    hidden = model(prompt=prompt, speaker=speakers.to(device), prompt_mask=mask, cache=cache)
+    mask = torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
+    mask = F.pad(mask, (hidden.shape[1] - mask.shape[1], 0), value=True)  # the speaker vector
+    return Prefix([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers],
+                  mask, hidden[:, -1])
+
+
+class Conversation:
+    """A running batch: rows join, make a frame together at each step, and leave.
+
+    A row is one instance of the model. What it gives does not depend on the others, whatever their
+    prompts, ages and settings.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, tokenizer, fmt, size, prefix_size, frames=0, may_end=True):
+        """size: most rows; prefix_size: positions of the longest prefix, 1 + P; frames: how many
+        frames back a row can look (0: as many as the model was trained on); may_end: whether the
+        model may draw the end id. Raises InputError for a backbone that decode_frame does not know.
+        """
+        config, head = model.backbone.config, model.dsu_head
+        if config.model_type not in LLAMA_LIKE:
+            raise InputError(f"the backbone is a {config.model_type}; generation knows "
+                             f"{', '.join(LLAMA_LIKE)}")
+        trained = fmt.max_frames + fmt.delay
+        room = max(1, config.max_position_embeddings - prefix_size)
+        self.model, self.delay, self.may_end = model, fmt.delay, may_end
+        frames = min(frames or trained, trained, room)
+        self.memory = Memory(model.backbone, size, prefix_size, frames, like=head.weight)
+        vocabulary = len(model.backbone.get_output_embeddings().weight)
+        decisions = torch.zeros(vocabulary, dtype=torch.bool, device=head.weight.device)
+        decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
+        self.draws = Draws(decisions, model.num_codebooks, size)
+        # the last frame of each row, which the next step reads
+        self.text = torch.zeros(size, dtype=torch.long, device=head.weight.device)
+        self.said = self.text[:, None].repeat(1, model.num_codebooks)
+
+    def __len__(self):
+        return len(self.memory.ages)
+
+    @torch.no_grad()
+    def join(self, prefix, sampler):
+        """The rows of a Prefix join at the end. They make their `delay` frames without audio at
+        once, so that every row of the batch is always at a frame with audio.
+
+        sampler: a Sampler with a seed per dialogue; a dialogue's rows follow each other.
+        Returns said (N, K), audio frame 0, and text (N, delay + 1), of all frames made so far.
+        """
+        rows = self.memory.join(prefix)
+        self.draws.join(sampler, len(prefix.hidden))
+        self.said[rows] = self.model.codebook_size  # the delay id
+        hidden, text = prefix.hidden, []
+        for _ in range(self.delay):
+            self._draw(hidden, rows, audio=False)
+            text.append(self.text[rows].clone())
+            hidden = self._read(rows, self.said[rows])
+        self._draw(hidden, rows)
+        return self.said[rows].clone(), torch.stack([*text, self.text[rows]], 1)
+
+    @torch.no_grad()
+    def step(self, user_codes):
+        """One frame of every row. user_codes (B, K): what each heard during its last frame.
+        Returns said (B, K) and text (B,) of the next; text runs `delay` frames ahead."""
+        rows = slice(0, len(self))
+        self._draw(self._read(rows, user_codes), rows)
+        return self.said[rows].clone(), self.text[rows].clone()
+
+    def leave(self, row):
+        """A row goes, and the last one takes its place."""
+        last = len(self) - 1
+        self.said[row], self.text[row] = self.said[last], self.text[last]
+        self.memory.leave(row)
+        self.draws.leave(row)
+
+    def _read(self, rows, user_codes):
+        """The last frame of `rows`, with what they heard -> hidden (B, hidden), which predicts the
+        next one."""
+        audio = torch.cat([self.said[rows], user_codes], 1)[..., None]  # (B, 2K, 1)
+        x = self.model.embed_frames(audio, self.text[rows, None])[:, 0]
+        return decode_frame(self.model.backbone, x, self.memory, rows)
+
+    def _draw(self, hidden, rows, audio=True):
+        """The next frame of `rows` from hidden (B, hidden)."""
+        model, memory = self.model, self.memory
+        u = self.draws.uniform(rows, memory.ages, memory.age[rows])
+        head = model.backbone.get_output_embeddings()
+        self.text[rows] = self.draws.text(project(hidden, head.weight), u, rows)
+        if audio:
+            width = model.codebook_size + 2
+            system = model.num_codebooks * width  # the head's first half: who hears needs no other
+            logits = project(hidden, model.dsu_head.weight[:system]) + model.dsu_head.bias[:system]
+            logits = logits.view(len(hidden), -1, width)  # (B, K, C+2)
+            logits[..., width - 2] = -torch.inf  # no delay id: it only stands in front of the audio
+            if not self.may_end:
+                logits[..., width - 1] = -torch.inf
+            self.said[rows] = self.draws.audio(logits, u, rows)
+
+
+# ---- from prompts to codes ----
+
+
+@torch.no_grad()
+def converse(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user_codes=None,
+             on_frame=None):
+    """Dialogues frame by frame (paper section 5.1), in one batch that each leaves when it is over.
+    Arguments as of `talk`. Yields (i, [(codes, text ids) of each row]) when dialogue i is over."""
+    sides, device = (2 if user_codes is None else 1), model.dsu_head.weight.device
+    if user_codes is not None:
+        max_frames, heard = user_codes.shape[1] + fmt.delay, user_codes.T.to(device)  # (T, K)
+    frames = max(0, max_frames - fmt.delay)
+    prefix = read_prefix(model, tokenizer, prompts, speakers)
+    batch = Conversation(model, tokenizer, fmt, len(prompts), prefix.mask.shape[1], max_frames,
+                         may_end=user_codes is None)
+    said, begin = batch.join(prefix, sampler)
+    codes = said.new_zeros(*said.shape, frames)  # (B, K, T)
+    text = begin.new_full((len(prompts), fmt.delay + frames), tokenizer.eos_token_id)
+    text[:, :fmt.delay] = begin[:, :fmt.delay]
+    rows = list(range(len(prompts)))  # which prompt each row of the batch is of
+    for t in range(min(fmt.delay, max_frames) if on_frame else 0):
+        on_frame(t, text[:, t].tolist())
+    for t in range(frames):
+        codes[rows, :, t] = batch.said[:len(batch)]
+        text[rows, fmt.delay + t] = batch.text[:len(batch)]
+        if on_frame or t % LOOK == LOOK - 1:
+            for k in over(codes[rows, :, max(0, t - LOOK + 1):t + 1], fmt.codebook_size + 1, sides):
+                mine = rows[k:k + sides]
+                yield mine[0] // sides, cut(codes[mine, :, :t + 1], text[mine], fmt)
+                for row in reversed(range(k, k + sides)):
+                    batch.leave(row)
+                    rows[row] = rows[-1]
+                    rows.pop()
+            if not rows:
+                return
+        if on_frame:
+            on_frame(fmt.delay + t, text[:, fmt.delay + t].tolist())
+        if t + 1 < frames:
+            said = batch.said[:len(batch)]
+            other = said.unflatten(0, (-1, sides)).flip(1).flatten(0, 1)  # 0 <-> 1, 2 <-> 3, ...
+            batch.step(other if user_codes is None else heard[t].expand_as(said))
+    for k in range(0, len(rows), sides):
+        mine = rows[k:k + sides]
+        yield mine[0] // sides, cut(codes[mine], text[mine], fmt)
+
+
+def over(codes, end_id, sides):
+    """Which dialogues are over in codes (B, K, T): their first rows, the last dialogue first."""
+    ended = (codes == end_id).flatten(1).any(1).unflatten(0, (-1, sides)).any(1)
+    return (ended.nonzero()[:, 0] * sides).flip(0).tolist()
+
+
+def cut(codes, text, fmt):
+    """The rows of one dialogue up to the first end id of any: codes (rows, K, T), text (rows, >= T)
+    -> [(codes (K, T'), text ids (T',))]. The same index is the same time: the delay's frames
+    without audio are not among the codes, and text runs ahead by as many."""
+    ended = (codes == fmt.codebook_size + 1).flatten(0, 1).any(0)  # (T,)
+    length = int(ended.int().argmax()) if ended.any() else codes.shape[2]
+    return [(row[:, :length].cpu(), ids[:length].cpu()) for row, ids in zip(codes, text)]
+
+
+def talk(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user_codes=None,
+         on_frame=None):
+    """Generate dialogues frame by frame (paper section 5.1), one forward pass a frame for all.
+
+    prompts: list of B instruction texts; speakers: (B, S) embeddings. Rows 2i and 2i+1 are the two
+    instances of dialogue i: what one says is what the other hears. With user_codes (K, T) instead
+    every row is one instance that hears this recording.
+    sampler: a Sampler with a seed per dialogue.
+    max_frames: limit, the delay's frames included; a recording is heard to its end instead.
+    on_frame(t, text): called with every new frame's text ids (B,), the end token for rows that are
+    over. Returns a list of (codes (K, T_i), text ids (T_i,)) for the B rows, without the delay.
+    """
+    rows = [None] * len(prompts)
+    for i, made in converse(model, tokenizer, fmt, prompts, speakers, sampler, max_frames,
+                            user_codes, on_frame):
+        rows[i * len(made):(i + 1) * len(made)] = made
+    return rows
+
+
+# ---- from tokens to words ----
 
 
 def stream_words(text, tokenizer):
-    """The words of a text stream (T,) with times in seconds: [{word, start, end, kind}], kind '', '[BC]' or '[INTER]'."""
-    words, mark, open_word = [], "", False
-    pads = set(tokenizer.convert_tokens_to_ids(EXTRA_TOKENS)) | {tokenizer.eos_token_id}
-    word_pad, *marks = tokenizer.convert_tokens_to_ids([WORD_PAD, BC, INTER])
-    after_pad = True
-    for t, token in enumerate(text.tolist() if hasattr(text, "tolist") else text):
-        if token == word_pad and open_word:
-            words[-1]["end"] = (t + 1) / FRAME_RATE
-            after_pad = True
+    """The words of a text stream (T,) with times in seconds: [{word, start, end, kind}], kind '' or
+    the mark in front of it ('[BC]', '[INTERRUPT2]', ...).
+
+        token                 what it does
+        piece of a word       opens a word if it begins with a space or follows no other piece,
+                              else goes on with the word
+        word pad              the open word lasts to here
+        mark                  ends the word; the next one is of its kind
+        other pad, end        ends the word
+    """
+    ids = text.tolist() if hasattr(text, "tolist") else list(text)
+    pads = {*EXTRA_TOKENS, tokenizer.eos_token}
+    words, kind, before = [], "", ""  # before: what the last frame held, "piece", "word pad" or ""
+    for t, (number, token) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(ids))):
+        if token == WORD_PAD and before:
+            words[-1]["end"], before = (t + 1) / FRAME_RATE, "word pad"
         elif token in pads:
-            mark = tokenizer.convert_ids_to_tokens(token) if token in marks else ""
-            open_word, after_pad = False, True
+            kind, before = (token if mark_kind(token) else ""), ""
         else:
-            piece = tokenizer.decode([token])
-            if after_pad or piece.startswith(" ") or not open_word:
-                words.append({"word": "", "start": t / FRAME_RATE, "end": 0, "kind": mark})
-            words[-1]["word"] += piece.strip()
-            words[-1]["end"] = (t + 1) / FRAME_RATE
-            mark, open_word, after_pad = "", True, False
+            if before != "piece" or token[0] in "Ġ▁ ":  # as tokenizers write a leading space
+                words.append({"word": [], "start": t / FRAME_RATE, "end": 0, "kind": kind})
+            words[-1]["word"].append(number)
+            words[-1]["end"], kind, before = (t + 1) / FRAME_RATE, "", "piece"
+    for word in words:  # all pieces at once, since one letter may be split over two of them
+        word["word"] = tokenizer.decode(word["word"]).strip()
     return [word for word in words if word["word"]]
 
 
 class Transcript:
-    """Prints a dialogue's words while they are made: a new line with time and name whenever the speaker changes."""
+    """Prints a dialogue's words while they are made: a new line with time and name whenever the
+    speaker changes."""
 
     def __init__(self, tokenizer, names):
         self.tokenizer, self.names = tokenizer, names
         self.silence = tokenizer.convert_tokens_to_ids(SILENCE_PAD)
-        self.begin, self.texts, self.printed = [0] * len(names), [[] for _ in names], [0] * len(names)
-        self.speaker = None
+        self.begin, self.texts = [0] * len(names), [[] for _ in names]  # since the last silence
+        self.printed, self.speaker = [0] * len(names), None
 
     def __call__(self, t, text):
         for side, name in enumerate(self.names):
-            self.texts[side].append(text[side])  # what came since the last silence
+            self.texts[side].append(text[side])
             words = stream_words(self.texts[side], self.tokenizer)
-            growing = bool(words) and words[-1]["end"] * FRAME_RATE == len(self.texts[side])  # the last may go on
+            # the last word may go on
+            growing = bool(words) and words[-1]["end"] * FRAME_RATE == len(self.texts[side])
             for word in words[self.printed[side]:len(words) - growing]:
                 if self.speaker != side:
-                    print(f"\n{self.begin[side] / FRAME_RATE + word['start']:6.2f} s  {name}:", end="")
+                    seconds = self.begin[side] / FRAME_RATE + word["start"]
+                    print(f"\n{seconds:6.2f} s  {name}:", end="")
                     self.speaker = side
                 print(f" {word['kind']}{word['word']}", end="", flush=True)
                 self.printed[side] += 1
@@ -197,191 +647,286 @@ class Transcript:
                 self.begin[side], self.texts[side], self.printed[side] = t + 1, [], 0
 
 
+# ---- what the command does ----
+
+
+SPEAKER_KEYS = {"name": str, "narrative": str, "backchannels": int, "interruptions": int,
+                "starts": bool, "voice": str}
+
+
+def read_json(path, what):
+    """The content of a JSON file; `what` tells, where it is none, what it should be."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise InputError(f"{path}: not valid JSON ({e}); {what}") from e
+
+
 def read_prompts(path, voices_file):
-    """Own prompts: a JSON list of pairs of speakers (README.md). Returns a list of [speaker, speaker] dicts with name,
-    narrative, backchannels, interruptions, starts, voice, prompt, embedding. Raises InputError, naming the entry."""
-    try:
-        pairs = json.loads(Path(path).read_text())
-    except OSError as e:
-        raise InputError(f"{path}: cannot read the prompts file ({e.strerror})") from e
-    except ValueError as e:
-        raise InputError(f"{path}: not valid JSON: {e}") from e
+    """Own prompts: a JSON list of pairs of speakers (README.md). Returns a list of [speaker,
+    speaker] dicts with name, narrative, backchannels, interruptions, starts, voice, prompt,
+    embedding. Raises InputError, naming the entry."""
+    what = "a prompts file is a list of pairs of speakers; README.md shows one"
+    pairs = read_json(path, what)
     if not isinstance(pairs, list) or not pairs:
-        raise InputError(f"{path}: a prompts file is a list of pairs of speakers; README.md shows one")
-    try:
-        voices = json.loads(Path(voices_file).read_text()) if Path(voices_file).exists() else {}
-    except ValueError as e:
-        raise InputError(f"{voices_file}: not valid JSON ({e}); prepare.py writes such a file") from e
-    kinds = {"name": str, "narrative": str, "backchannels": int, "interruptions": int, "starts": bool, "voice": str}
+        raise InputError(f"{path}: {what}")
+    voices = {}
+    if Path(voices_file).exists():
+        voices = read_json(voices_file, "prepare.py writes such a file")
     for i, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(f"{path}: entry {i} must be a list of two speakers")
         for side, speaker in enumerate(pair):
             where = f"{path}: entry {i}, speaker {side + 1}"
-            if not isinstance(speaker, dict) or set(speaker) != set(kinds):
-                raise InputError(f"{where}: needs exactly the keys {', '.join(kinds)}")
-            for key, kind in kinds.items():
-                if type(speaker[key]) is not kind:
-                    raise InputError(f"{where}: '{key}' must be {kind.__name__}, not {speaker[key]!r}")
-            for key in ("backchannels", "interruptions"):
-                if speaker[key] < 0:
-                    raise InputError(f"{where}: '{key}' is {speaker[key]}; a count is 0 or more")
+            check_speaker(speaker, where)
             if speaker["voice"] not in voices:
                 raise InputError(f"{where}: unknown voice '{speaker['voice']}'; {voices_file} has "
                                  f"{', '.join(voices) or 'none (no such file)'}")
             speaker["embedding"] = voices[speaker["voice"]]
         for speaker, other in (pair, pair[::-1]):
-            speaker["prompt"] = make_prompt(speaker["name"], other["name"], speaker["narrative"],
-                                            speaker["backchannels"], speaker["interruptions"], speaker["starts"])
+            speaker["prompt"] = make_prompt(
+                speaker["name"], other["name"], speaker["narrative"], speaker["backchannels"],
+                speaker["interruptions"], speaker["starts"])
     return pairs
+
+
+def check_speaker(speaker, where):
+    """Raise InputError unless `speaker` has the keys of a prompts file, with values of their kind.
+    Name and narrative lose the spaces around them."""
+    if not isinstance(speaker, dict) or set(speaker) != set(SPEAKER_KEYS):
+        raise InputError(f"{where}: needs exactly the keys {', '.join(SPEAKER_KEYS)}")
+    for key, kind in SPEAKER_KEYS.items():
+        if type(speaker[key]) is not kind:
+            raise InputError(f"{where}: '{key}' must be {kind.__name__}, not {speaker[key]!r}")
+    for key in ("name", "narrative"):
+        speaker[key] = speaker[key].strip()
+        if not speaker[key]:
+            raise InputError(f"{where}: '{key}' is empty; write something")
+    for key in ("backchannels", "interruptions"):
+        if speaker[key] < 0:
+            raise InputError(f"{where}: '{key}' is {speaker[key]}; a count is 0 or more")
 
 
 def data_prompts(cfg, fmt):
-    """Prompts of `n` dialogues of a data set's split, from `first` on, in the form of read_prompts."""
-    opened = load_dialogues(cfg.data, cfg.split, streaming=True)  # of a hub's set no more is fetched than these
-    dialogues = list(islice(opened, cfg.first, cfg.first + cfg.n)) if cfg.first >= 0 else []
-    if cfg.n < 1 or len(dialogues) < cfg.n:
-        raise InputError(f"first={cfg.first}, n={cfg.n}: {cfg.data} has {sum(1 for _ in opened)} dialogues in split "
-                         f"'{cfg.split}'")
-    pairs = []
-    for dialogue in dialogues:
-        pair = []
-        for side in (0, 1):
-            backchannels, interruptions = event_counts(dialogue, side, fmt)
-            pair.append({
-                "name": dialogue["speakers"][side], "narrative": dialogue[f"new_narrative_s{side + 1}"],
-                "backchannels": backchannels, "interruptions": interruptions,
-                "starts": dialogue["utterances"][0]["speaker_idx"] == side,
-                "voice": (dialogue.get("tts_speaker_ids") or ["", ""])[side],
-                "embedding": dialogue[f"spk_emb_c{side + 1}"], "prompt": instruction(dialogue, side, fmt)})
-        pairs.append(pair)
-    return pairs
+    """Prompts of `n` dialogues of a split, from `first` on, in the form of read_prompts."""
+    opened = load_dialogues(cfg.data, cfg.split, streaming=True)  # fetches no more than is taken
+    taken = list(islice(opened, cfg.first, cfg.first + cfg.n)) if cfg.first >= 0 else []
+    if cfg.n < 1 or len(taken) < cfg.n:
+        raise InputError(f"first={cfg.first}, n={cfg.n}: {cfg.data} has {sum(1 for _ in opened)} "
+                         f"dialogues in split '{cfg.split}'")
+    return [[data_prompt(dialogue, side, fmt) for side in (0, 1)] for dialogue in taken]
+
+
+def data_prompt(dialogue, side, fmt):
+    """One speaker of a data set's dialogue, in the form of read_prompts."""
+    backchannels, interruptions = event_counts(dialogue, side, fmt)
+    narrative = f"new_narrative_s{side + 1}" if fmt.rewritten_narrative else "narrative"
+    return {"name": dialogue["speakers"][side], "narrative": dialogue[narrative],
+            "backchannels": backchannels, "interruptions": interruptions,
+            "starts": dialogue["utterances"][0]["speaker_idx"] == side,
+            "voice": (dialogue.get("tts_speaker_ids") or ["", ""])[side],
+            "embedding": dialogue[f"spk_emb_c{side + 1}"],
+            "prompt": instruction(dialogue, side, fmt)}
+
+
+def check_parts(cfg, model, codec, trained):
+    """Raise InputError if model, codec and voices do not belong together. Returns the name of the
+    speaker encoder that made the voices, or ''."""
+    given = codec.num_codebooks, codec.codebook_size
+    if given != (model.num_codebooks, model.codebook_size):
+        raise InputError(f"{cfg.codec} has {given[0]} codebooks of {given[1]} codes, but "
+                         f"{cfg.model} was trained on {model.num_codebooks} of "
+                         f"{model.codebook_size}; give the codec of its data")
+    if trained.get("codec_fingerprint", found := fingerprint(cfg.codec)) != found:
+        raise InputError(f"{cfg.codec} is not the codec that {cfg.model} was trained on "
+                         f"(fingerprint {found}, not {trained['codec_fingerprint']}), so its codes "
+                         "mean other sounds; give the codec of its data")
+    voices = Path(cfg.voices).parent if cfg.prompts else cfg.data
+    given, needed = ([made.get(key) for key in ("speaker_encoder", "speaker_size")]
+                     for made in (made_with(voices), trained))
+    if model.speaker_size and None not in given + needed and given != needed:
+        raise InputError(f"{voices}: its voices are embeddings by {given[0]} ({given[1]} numbers), "
+                         f"but {cfg.model} was trained on those by {needed[0]} ({needed[1]}); "
+                         f"prepare them with speaker_encoder={needed[0]}")
+    return given[0] or ""
+
+
+def check_pairs(cfg, model, tokenizer, pairs):
+    """Raise InputError for a voice or a prompt that the model cannot take."""
+    positions = model.backbone.config.max_position_embeddings
+    for i, pair in enumerate(pairs):
+        for speaker in pair:
+            where = f"{cfg.prompts or cfg.data}: dialogue {cfg.first + i}, {speaker['name']}"
+            voice, numbers = f"voice '{speaker['voice']}'", speaker["embedding"]
+            if not isinstance(numbers, list) or not all(map(is_number, numbers)):
+                raise InputError(f"{where}: {voice} is no list of finite numbers; make it again "
+                                 "with prepare.py")
+            if model.speaker_size and len(numbers) != model.speaker_size:
+                raise InputError(f"{where}: {voice} has {len(numbers)} numbers, the model takes "
+                                 f"{model.speaker_size}; use the speaker encoder of its data")
+            tokens = len(tokenizer.encode(speaker["prompt"], add_special_tokens=False))
+            if tokens + 2 > positions:
+                raise InputError(f"{where}: its prompt has {tokens} tokens, but {cfg.model} has "
+                                 f"{positions} positions for prompt and dialogue; shorten it")
+
+
+def is_number(x):
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def read_user(cfg, codec, fmt, device):
+    """The recording that is the other speaker, with `listen` seconds of silence behind it, as
+    (audio (1, samples), codes (K, T)). Raises InputError for a channel that it has not."""
+    audio = read_audio(cfg.user, sample_rate=codec.sample_rate)
+    if len(audio) == 1 and cfg.user_channel not in (-1, 0):
+        raise InputError(f"{cfg.user}: has one channel, not user_channel={cfg.user_channel}; leave "
+                         "it out")
+    if len(audio) > 1 and not 0 <= cfg.user_channel < len(audio):
+        raise InputError(f"{cfg.user}: has {len(audio)} channels; choose the user's with "
+                         "user_channel=0 or 1")
+    audio = set_level(audio[max(cfg.user_channel, 0)][None], codec.sample_rate, cfg.level)
+    audio = F.pad(audio, (0, int(cfg.listen * codec.sample_rate)))  # (1, samples)
+    codes = codec.encode(audio.to(device))[0][0].cpu()  # (K, T)
+    if codes.shape[1] > fmt.max_frames:
+        print(f"note: {cfg.user} has {codes.shape[1]} frames, more than the {fmt.max_frames} that "
+              f"{cfg.model} was trained on: it looks back at the last {fmt.max_frames} of them",
+              file=sys.stderr)
+    return F.pad(audio, (0, codes.shape[1] * codec.samples_per_frame - audio.shape[1])), codes
+
+
+COLOURS = {"backchannel": "tab:green", "interruption": "tab:red"}
 
 
 def draw_timeline(path, audio, sample_rate, speakers):
-    """A PNG with both waveforms (2, samples), the words where they are said, backchannels and interruptions marked."""
-    seconds = audio.shape[1] / sample_rate
-    rows = max(1, -(-int(seconds * 10) // 120))  # 12 s a row, so that words stay readable
+    """A PNG with both waveforms (2, samples), the words where they are said, a marked one with its
+    mark and in its colour; what is heard as backchannel or interruption is shaded."""
+    rows = max(1, math.ceil(audio.shape[1] / sample_rate / 12))  # 12 s each, to be readable
     fig, axes = plt.subplots(rows, 1, figsize=(16, 2.9 * rows), squeeze=False)
     events = label_segments(merge_words([speaker["words"] for speaker in speakers]))
-    colours, marks = ("tab:blue", "tab:orange"), {"backchannel": "tab:green", "interruption": "tab:red"}
     step = sample_rate // 200
-    peaks = audio.cpu().abs().unfold(1, step, step).amax(2).numpy() / max(1e-4, audio.abs().max().item())  # (2, samples / step)
+    peaks = audio.cpu().abs().unfold(1, step, step).amax(2)  # (2, samples / step)
+    peaks = (peaks / peaks.max().clamp(min=1e-4)).numpy()
     for row, ax in enumerate(axes[:, 0]):
-        begin, end = 12 * row, 12 * (row + 1)
-        for side, speaker in enumerate(speakers):
-            base = 1 - 2 * side
-            part = 0.55 * peaks[side, begin * sample_rate // step:end * sample_rate // step]
-            ax.fill_between([begin + i * step / sample_rate for i in range(len(part))], base - part, base + part,
-                            lw=0, color=colours[side])
-            for k, word in enumerate(w for w in speaker["words"] if begin <= w["start"] < end):
-                ax.text(word["start"], base + (0.62, 0.82)[k % 2], word["word"], fontsize=7, clip_on=True)
-        for event in events:
-            if event["label"] in marks and event["end"] > begin and event["start"] < end:
-                side = event["speaker"]
-                ax.axvspan(max(begin, event["start"]), min(end, event["end"]), ymin=0.5 * (1 - side),
-                           ymax=0.5 * (2 - side), alpha=0.25, color=marks[event["label"]])
-        ax.set(xlim=(begin, end), ylim=(-2, 2), yticks=[1, -1], yticklabels=[s["name"] for s in speakers])
+        draw_row(ax, 12 * row, 12 * (row + 1), peaks, step / sample_rate, speakers, events)
     axes[-1, 0].set_xlabel("seconds")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, alpha=0.25) for colour in marks.values()]
-    axes[0, 0].legend(handles, marks, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, alpha=0.25) for colour in COLOURS.values()]
+    axes[0, 0].legend(handles, COLOURS, loc="lower right", bbox_to_anchor=(1, 1), ncols=2,
+                      fontsize=8)
     fig.tight_layout()
     write_atomically(path, lambda temporary: fig.savefig(temporary, dpi=90, format="png"))
     plt.close(fig)
 
 
-def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, encoder, settings):
-    """Write stem.wav, stem.png and, last, stem.json. audio (2, samples); speakers: two dicts as of read_prompts, extended
-    here by `words` and `text`; texts: two text streams (an empty one for a recording); codes: (K, T) of each; encoder: name of
-    the speaker encoder that made the embeddings, or ''."""
+def draw_row(ax, begin, end, peaks, step, speakers, events):
+    """The seconds `begin` to `end` of a timeline; peaks (2, N): loudness, `step` seconds apart."""
+    for side, speaker in enumerate(speakers):
+        base, colour = 1 - 2 * side, ("tab:blue", "tab:orange")[side]
+        part = 0.55 * peaks[side, int(begin / step):int(end / step)]
+        times = [begin + i * step for i in range(len(part))]
+        ax.fill_between(times, base - part, base + part, lw=0, color=colour)
+        words = [word for word in speaker["words"] if begin <= word["start"] < end]
+        for k, word in enumerate(words):
+            ax.text(word["start"], base + (0.62, 0.82)[k % 2], word["kind"] + word["word"],
+                    color=COLOURS.get(mark_kind(word["kind"]), "black"), fontsize=7, clip_on=True)
+    for event in events:
+        if event["label"] in COLOURS and event["end"] > begin and event["start"] < end:
+            side = event["speaker"]
+            ax.axvspan(max(begin, event["start"]), min(end, event["end"]), ymin=0.5 * (1 - side),
+                       ymax=0.5 * (2 - side), alpha=0.25, color=COLOURS[event["label"]])
+    names = [speaker["name"] for speaker in speakers]
+    ax.set(xlim=(begin, end), ylim=(-2, 2), yticks=[1, -1], yticklabels=names)
+
+
+def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, record):
+    """Write stem.wav, stem.png and, last, stem.json. audio (2, samples); speakers: two dicts as of
+    read_prompts, extended here by `words` and `text`; texts: two text streams (an empty one for a
+    recording); codes: (K, T) of each; record: what else the JSON says."""
     for speaker, text in zip(speakers, texts):
         speaker["words"] = stream_words(text, tokenizer)
         speaker["text"] = " ".join(word["word"] for word in speaker["words"])
     write_audio(stem.with_suffix(".wav"), audio, sample_rate)
     draw_timeline(stem.with_suffix(".png"), audio, sample_rate, speakers)
-    record = {"speakers": speakers, "speaker_encoder": encoder, "settings": settings, "codes": [row.tolist() for row in codes]}
+    record = {"speakers": speakers, **record, "codes": [row.tolist() for row in codes]}
     write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(record)))
+    print(f"\n{stem}.wav, .json, .png: {audio.shape[1] / sample_rate:.1f} s")
 
 
 def same_settings(path, cfg):
-    """Whether the dialogue in `path` is there and was made with these settings (where it stands in the run apart)."""
-    if not path.exists():
+    """Whether the dialogue in `path` is there and was made with these settings (where it stands in
+    the run apart)."""
+    try:
+        made = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError):
         return False
-    made = json.loads(path.read_text())["settings"]
-    return all(made[key] == value for key, value in asdict(cfg).items() if key not in ("first", "n", "batch", "resume"))
+    apart = ("first", "n", "batch", "resume")
+    return all(made.get(key) == value for key, value in asdict(cfg).items() if key not in apart)
 
 
+def make_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
+    """Generate the dialogues `jobs`, [(number, pair, stem)], in one batch, and write each when it
+    is over. sampling: keywords of Sampler; user: of read_user, or None; record: what the JSON says
+    beside the dialogue."""
+    device = model.dsu_head.weight.device
+    speaking = [speaker for _, pair, _ in jobs for speaker in (pair[:1] if user else pair)]
+    embeddings = torch.tensor([speaker["embedding"] for speaker in speaking], dtype=torch.float32)
+    sampler = Sampler([cfg.seed + number for number, _, _ in jobs], **sampling)
+    bar = tqdm(total=user[1].shape[1] + fmt.delay if user else cfg.max_frames, unit="frame",
+               desc=f"dialogues {jobs[0][0]}-{jobs[-1][0]}", disable=len(jobs) == 1)
+    transcript = Transcript(tokenizer, [speaker["name"] for speaker in speaking])
+    start, frames = time.time(), 0
+    for i, rows in converse(model, tokenizer, fmt, [speaker["prompt"] for speaker in speaking],
+                            embeddings, sampler, cfg.max_frames, user[1] if user else None,
+                            transcript if bar.disable else lambda t, text: bar.update()):
+        (_, pair, stem), length = jobs[i], rows[0][0].shape[1]
+        frames = max(frames, length + fmt.delay)
+        if not length:
+            print(f"{stem}: nothing written, the model ended it at once; try another seed",
+                  file=sys.stderr)
+            continue
+        codes, texts = [codes for codes, _ in rows], [text for _, text in rows]
+        audio = torch.cat([codec.decode(row[None].to(device))[0].cpu() for row in codes])
+        if user:
+            pair = [pair[0], {"name": "user", "recording": cfg.user}]
+            audio = torch.cat([audio, user[0][:, :audio.shape[1]]])
+            codes, texts = codes + [user[1][:, :length]], texts + [[]]
+        save_dialogue(stem, audio, codec.sample_rate, pair, texts, codes, tokenizer, record)
+    bar.close()
+    seconds = time.time() - start
+    print(f"{frames} frames of {len(jobs)} dialogue(s) in {seconds:.1f} s: {frames / seconds:.1f} "
+          f"frames/s each, {frames / seconds / FRAME_RATE:.1f} x real time, on {device}")
+
+
+@torch.no_grad()
 def main(argv):
     cfg = load_settings(Config, argv)
-    if cfg.temperature < 0 or cfg.top_k < 0 or not 0 < cfg.top_p <= 1 or cfg.max_frames < 1 or cfg.batch < 1:
-        raise InputError("temperature and top_k are at least 0, top_p is in (0, 1], max_frames and batch at least 1")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, fmt, trained = load_checkpoint(cfg.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    if cfg.max_frames < 1 or cfg.batch < 1 or not 0 <= cfg.listen < math.inf:
+        raise InputError("max_frames and batch are at least 1, listen is 0 or more seconds")
+    if not -60 <= cfg.level <= 0:
+        raise InputError(f"level={cfg.level}: must be from -60 to 0 dB; 0 leaves it as it is")
+    use_threads()
+    device, dtype = "cpu", torch.float32
+    if torch.cuda.is_available():
+        device, dtype = f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.bfloat16
+    model, tokenizer, fmt, trained = load_checkpoint(cfg.model, device, dtype)
+    sampling = sampling_of(cfg, trained)
+    Sampler([], **sampling).kinds()  # raises InputError before anything is made
     codec = load_codec(cfg.codec).to(device)
-    if (codec.num_codebooks, codec.codebook_size) != (model.num_codebooks, model.codebook_size):
-        raise InputError(f"{cfg.codec} has {codec.num_codebooks} codebooks of {codec.codebook_size} codes, but {cfg.model} "
-                         f"was trained on {model.num_codebooks} of {model.codebook_size}; give the codec of its data")
-    if trained.get("codec_fingerprint", found := fingerprint(cfg.codec)) != found:
-        raise InputError(f"{cfg.codec} is not the codec that {cfg.model} was trained on (fingerprint {found}, not "
-                         f"{trained['codec_fingerprint']}), so its codes mean other sounds; give the codec of its data")
-    voices = Path(cfg.voices).parent if cfg.prompts else cfg.data
-    given, needed = ([made.get(key) for key in ("speaker_encoder", "speaker_size")] for made in (made_with(voices), trained))
-    if model.speaker_size and None not in given + needed and given != needed:
-        raise InputError(f"{voices}: its voices are embeddings by {given[0]} ({given[1]} numbers), but {cfg.model} was trained "
-                         f"on those by {needed[0]} ({needed[1]}); prepare them with speaker_encoder={needed[0]}")
+    encoder = check_parts(cfg, model, codec, trained)
     pairs = read_prompts(cfg.prompts, cfg.voices) if cfg.prompts else data_prompts(cfg, fmt)
-    for speaker in (speaker for pair in pairs for speaker in pair):
-        if model.speaker_size and len(speaker["embedding"]) != model.speaker_size:
-            raise InputError(f"{cfg.prompts or cfg.data}: voice '{speaker['voice']}' has {len(speaker['embedding'])} "
-                             f"numbers, the model takes {model.speaker_size}; use the speaker encoder of its training data")
+    check_pairs(cfg, model, tokenizer, pairs)
+    user = read_user(cfg, codec, fmt, device) if cfg.user else None
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    user_audio = user_codes = None
-    if cfg.user:
-        user_audio = read_audio(cfg.user, sample_rate=codec.sample_rate)
-        if len(user_audio) > 1 and not 0 <= cfg.user_channel < len(user_audio):
-            raise InputError(f"{cfg.user}: has {len(user_audio)} channels; choose the user's with user_channel=0 or 1")
-        user_audio = user_audio[max(cfg.user_channel, 0)][None]
-        user_audio = torch.nn.functional.pad(user_audio, (0, int(cfg.listen * codec.sample_rate)))  # (1, samples)
-        with torch.inference_mode():
-            user_codes = codec.encode(user_audio.to(device))[0][0].cpu()  # (K, T)
-        whole = user_codes.shape[1] * codec.samples_per_frame  # samples
-        user_audio = torch.nn.functional.pad(user_audio, (0, whole - user_audio.shape[1]))
-    jobs = [(cfg.first + i, pair, out / f"dialogue_{cfg.first + i:04d}") for i, pair in enumerate(pairs)]
+    numbers = range(cfg.first, cfg.first + len(pairs))
+    jobs = [(i, pair, out / f"dialogue_{i:04d}") for i, pair in zip(numbers, pairs)]
+    # under torchrun every process makes its share
+    jobs = jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
     if cfg.resume:
         jobs = [job for job in jobs if not same_settings(job[2].with_suffix(".json"), cfg)]
+    record = {"speaker_encoder": encoder, "settings": asdict(cfg), "sampling": sampling}
     for k in range(0, len(jobs), cfg.batch):
-        part = jobs[k:k + cfg.batch]
-        speaking = [pair[:1] if cfg.user else pair for _, pair, _ in part]  # instances of the model
-        instances = [speaker for pair in speaking for speaker in pair]
-        limit = user_codes.shape[1] + fmt.delay if cfg.user else cfg.max_frames
-        bar = tqdm(total=limit, unit="frame", desc=f"dialogues {k + 1}-{k + len(part)} of {len(jobs)}",
-                   disable=len(jobs) == 1)
-        transcript = Transcript(tokenizer, [speaker["name"] for speaker in instances])
-        start = time.time()
-        results = talk(model, tokenizer, fmt, [speaker["prompt"] for speaker in instances],
-                       torch.tensor([speaker["embedding"] for speaker in instances], dtype=torch.float32),
-                       Sampler([cfg.seed + i for i, _, _ in part], cfg.temperature, cfg.top_k, cfg.top_p),
-                       cfg.max_frames, user_codes, transcript if bar.disable else lambda t, text, bar=bar: bar.update())
-        seconds = time.time() - start
-        bar.close()
-        frames = max(codes.shape[1] for codes, _ in results) + fmt.delay
-        print(f"\n{frames} frames of {len(part)} dialogue(s) in {seconds:.1f} s: {frames / seconds:.1f} frames/s each, "
-              f"{frames / seconds / FRAME_RATE:.1f} x real time, on {device}")
-        for j, (_, pair, stem) in enumerate(part):
-            mine = results[j * len(speaking[j]):(j + 1) * len(speaking[j])]
-            if not mine[0][0].shape[1]:
-                print(f"{stem}: nothing written, the model ended it at once; try another seed", file=sys.stderr)
-                continue
-            with torch.inference_mode():
-                audio = torch.cat([codec.decode(codes[None].to(device))[0].cpu() for codes, _ in mine])
-            codes, texts = [codes for codes, _ in mine], [text for _, text in mine]
-            if cfg.user:
-                pair = [pair[0], {"name": "user", "recording": cfg.user}]
-                audio = torch.cat([audio, user_audio[:, :audio.shape[1]]])
-                codes, texts = codes + [user_codes[:, :codes[0].shape[1]]], texts + [[]]
-            save_dialogue(stem, audio, codec.sample_rate, pair, texts, codes, tokenizer, given[0] or "", asdict(cfg))
-            print(f"{stem}.wav, .json, .png: {audio.shape[1] / codec.sample_rate:.1f} s")
+        make_batch(cfg, model, tokenizer, fmt, codec, jobs[k:k + cfg.batch], sampling, user, record)
 
 
 if __name__ == "__main__":

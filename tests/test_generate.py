@@ -1,28 +1,40 @@
-"""Generation end to end on a tiny random model: two instances, own prompts, a recording as the user, bad input."""
+"""Generation end to end on a tiny random model: two instances, own prompts, a recording as the
+user, bad input; the running batch against the model's forward pass."""
 import json
 import re
 
+import datasets
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 from conftest import GOLDEN, ROOT
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import generate
 from codec import fingerprint
 from config import InputError
-from data import SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, made_with
-from generate import Sampler, stream_words
+from data import (
+    EXTRA_TOKENS,
+    SILENCE_PAD,
+    UTTERANCE_PAD,
+    WORD_PAD,
+    StreamFormat,
+    made_with,
+    new_tokenizer,
+)
+from generate import Conversation, Draws, Sampler, read_prefix, sampling_of, stream_words, talk
 from model import FActor, load_checkpoint, save_checkpoint
 
-PAIR = [{"name": "Ann", "narrative": "You lost your keys.", "backchannels": 2, "interruptions": 0, "starts": True,
-         "voice": "a"},
-        {"name": "Bob", "narrative": "Ann lost her keys.", "backchannels": 0, "interruptions": 1, "starts": False,
-         "voice": "b"}]
+PAIR = [{"name": "Ann", "narrative": "You lost your keys.", "backchannels": 2, "interruptions": 0,
+         "starts": True, "voice": "a"},
+        {"name": "Bob", "narrative": "Ann lost her keys.", "backchannels": 0, "interruptions": 1,
+         "starts": False, "voice": "b"}]
 
 
 @pytest.fixture(scope="module")
 def golden_codec_model(tmp_path_factory):
-    """The golden backbone with codes of the golden codec, random: a checkpoint that fits golden/codec.nemo."""
+    """The golden backbone with codes of the golden codec, random: it fits golden/codec.nemo."""
     from codec import load_codec
     codec = load_codec(GOLDEN / "codec.nemo")
     small, tokenizer, fmt, _ = load_checkpoint(GOLDEN / "checkpoint")
@@ -36,36 +48,78 @@ def golden_codec_model(tmp_path_factory):
 
 @pytest.fixture
 def words(golden_codec_model, tmp_path, tiny_data):
-    (tmp_path / "voices.json").write_text(json.dumps({"a": [0.1] * 192, "b": [-0.1] * 192, "short": [0.0] * 7}))
-    return [f"model={golden_codec_model}", f"codec={GOLDEN}/codec.nemo", f"out={tmp_path}/out", f"data={tiny_data}",
-            f"voices={tmp_path}/voices.json", "max_frames=30"]
+    voices = {"a": [0.1] * 192, "b": [-0.1] * 192, "short": [0.0] * 7}
+    (tmp_path / "voices.json").write_text(json.dumps(voices))
+    return [f"model={golden_codec_model}", f"codec={GOLDEN}/codec.nemo", f"out={tmp_path}/out",
+            f"data={tiny_data}", f"voices={tmp_path}/voices.json", "max_frames=30"]
 
 
-def test_two_instances(run, words, tmp_path):
-    done = run("generate.py", *words, "n=2", "batch=2")
-    assert "x real time" in done.stdout
+def test_two_instances(words, tmp_path, capsys):
+    generate.main([*words, "n=2", "batch=2"])
+    assert "x real time" in capsys.readouterr().out
     for i in range(2):
         audio, rate = soundfile.read(tmp_path / "out" / f"dialogue_{i:04d}.wav")
         record = json.loads((tmp_path / "out" / f"dialogue_{i:04d}.json").read_text())
         assert rate == 22050 and audio.shape == (28 * 1764, 2) and abs(audio).max() > 0
         assert [len(codes[0]) for codes in record["codes"]] == [28, 28]
-        assert record["speakers"][0]["prompt"].endswith("<|SOS|>") and record["settings"]["seed"] == 0
+        assert record["speakers"][0]["prompt"].endswith("<|SOS|>")
+        assert record["settings"]["seed"] == 0
         assert (tmp_path / "out" / f"dialogue_{i:04d}.png").stat().st_size > 5000
     both = json.loads((tmp_path / "out" / "dialogue_0001.json").read_text())["codes"]
-    run("generate.py", *words, "first=1", "seed=0", f"out={tmp_path}/alone")  # seeds belong to dialogues, not to batches
+    # seeds belong to dialogues, not to batches
+    generate.main([*words, "first=1", "seed=0", f"out={tmp_path}/alone"])
     assert json.loads((tmp_path / "alone" / "dialogue_0001.json").read_text())["codes"] == both
 
 
-def test_own_prompts_and_a_recording(run, words, tmp_path):
+def test_own_prompts_and_a_recording(words, tmp_path):
     (tmp_path / "prompts.json").write_text(json.dumps([PAIR]))
     (tmp_path / "info.json").write_text(json.dumps({"speaker_encoder": "theirs"}))
     soundfile.write(tmp_path / "user.wav", torch.randn(2 * 16000 + 77).mul(0.1).numpy(), 16000)
-    run("generate.py", *words, "--prompts", tmp_path / "prompts.json", "--user", tmp_path / "user.wav", "listen=0.5")
+    generate.main([*words, "--prompts", str(tmp_path / "prompts.json"),
+                   "--user", str(tmp_path / "user.wav"), "listen=0.5"])
     record = json.loads((tmp_path / "out" / "dialogue_0000.json").read_text())
     assert record["speaker_encoder"] == "theirs"  # of the info.json beside the voices
-    assert "between you (Ann)" in record["speakers"][0]["prompt"] and record["speakers"][1]["name"] == "user"
+    assert "between you (Ann)" in record["speakers"][0]["prompt"]
+    assert record["speakers"][1]["name"] == "user"
     info = soundfile.info(tmp_path / "out" / "dialogue_0000.wav")
-    assert info.channels == 2 and info.frames == 32 * 1764  # to its end and 0.5 s on, in whole frames
+    assert info.channels == 2
+    assert info.frames == 32 * 1764  # to its end and 0.5 s on, in whole frames
+
+
+def test_processes_share_the_dialogues(words, tmp_path, monkeypatch):
+    """Two processes (RANK and WORLD_SIZE are torchrun's) write what one writes, file for file."""
+    monkeypatch.setattr(generate, "draw_timeline", lambda *_: None)
+    words += ["n=3", "max_frames=12"]
+    generate.main([*words, "resume=true"])  # nothing there yet
+    one = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for path in (tmp_path / "out").iterdir():
+        path.unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        generate.main([*words, "resume=true"])
+    assert one == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len(one) == 6
+
+
+def test_the_narrative_of_the_prompt_is_stored(dialogues):
+    for rewritten in (True, False):
+        fmt = StreamFormat(rewritten_narrative=rewritten)
+        for side in (0, 1):
+            speaker = generate.data_prompt(dialogues[0], side, fmt)
+            assert f"Narrative:\n- {speaker['narrative']}\n" in speaker["prompt"]
+
+
+def test_a_long_recording_is_noted(words, tmp_path, golden_codec_model, capsys):
+    """Longer than what the model was trained on: a note, and it is answered to its end."""
+    model, tokenizer, fmt, _ = load_checkpoint(golden_codec_model)
+    fmt.max_frames = 10
+    save_checkpoint(tmp_path / "short", model, tokenizer, fmt, {})
+    soundfile.write(tmp_path / "user.wav", torch.randn(2 * 16000).mul(0.1).numpy(), 16000)
+    generate.main([*words, f"model={tmp_path}/short", "--user", str(tmp_path / "user.wav"),
+                   "listen=0"])
+    assert "has 25 frames, more than the 10 that" in capsys.readouterr().err
+    assert soundfile.info(tmp_path / "out" / "dialogue_0000.wav").frames == 25 * 1764
 
 
 def refuses(message, *words):
@@ -83,8 +137,19 @@ def test_bad_input(fails, words, tmp_path):
     refuses("'starts' must be bool", *words, *prompts(starts="yes"))
     refuses("has 7 numbers, the model takes 192", *words, *prompts(voice="short"))
     refuses("has 3 dialogues in split 'test'", *words, "first=3")
+    refuses("'name' is empty", *words, *prompts(name=" "))
+    refuses("positions for prompt and dialogue; shorten it", *words,
+            *prompts(narrative="You talk. " * 20000))
+    voices = {"a": [0.1] * 191 + [float("nan")], "b": [0.1] * 192}
+    (tmp_path / "voices.json").write_text(json.dumps(voices))
+    refuses("voice 'a' is no list of finite numbers", *words, *prompts())
+    mono = ["--user", tmp_path / "mono.wav"]
+    soundfile.write(mono[1], torch.zeros(4000).numpy(), 16000)
+    refuses("has one channel, not user_channel=1; leave it out", *words, *mono, "user_channel=1")
+    refuses("has one channel, not user_channel=-2", *words, *mono, "user_channel=-2")
     soundfile.write(tmp_path / "stereo.wav", torch.zeros(4000, 2).numpy(), 16000)
     refuses("choose the user's with user_channel", *words, "--user", tmp_path / "stereo.wav")
+    refuses("level=3.0: must be from -60 to 0 dB", *words, "level=3")
     (tmp_path / "broken.wav").write_bytes(b"RIFF cut off")
     refuses("cannot be read as audio", *words, "--user", tmp_path / "broken.wav")
     refuses("give the codec of its data", *words, f"model={GOLDEN}/checkpoint")
@@ -99,38 +164,239 @@ def test_the_shipped_parts_belong_together():
 
 def test_stream_words():
     tokenizer = load_checkpoint(GOLDEN / "checkpoint")[1]
-    silence, utterance, word, mark = tokenizer.convert_tokens_to_ids([SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, "[BC]"])
+    silence, utterance, word, mark, count = tokenizer.convert_tokens_to_ids(
+        [SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, "[BC]", "[INTERRUPT2]"])
     hello = tokenizer.encode("hello", add_special_tokens=False)
     there = tokenizer.encode(" there", add_special_tokens=False)
-    found = stream_words([silence, mark, *hello, word, *there, utterance, *there], tokenizer)
-    assert [(w["word"], w["kind"]) for w in found] == [("hello", "[BC]"), ("there", ""), ("there", "")]
+    row = [silence, mark, *hello, word, *there, utterance, count, *there, word, word]
+    found = stream_words(row, tokenizer)
+    assert [(w["word"], w["kind"]) for w in found] == [
+        ("hello", "[BC]"), ("there", ""), ("there", "[INTERRUPT2]")]
     assert found[0]["start"] == 2 / 12.5 and found[0]["end"] == (3 + len(hello)) / 12.5
+    assert found[2]["end"] == (7 + len(hello) + 2 * len(there)) / 12.5
+    assert stream_words([word, silence, mark, word, tokenizer.eos_token_id], tokenizer) == []
 
 
-def test_sampler_draws_what_it_should():
+def test_stream_words_of_whole_word_tokens(dialogues):
+    """Every word begins with a space, also a segment's first; a letter may be two tokens."""
+    tokenizer = new_tokenizer(datasets.Dataset.from_list(dialogues), 500, FMT)
+    tokenizer.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
+    silence, utterance, word = tokenizer.convert_tokens_to_ids(
+        [SILENCE_PAD, UTTERANCE_PAD, WORD_PAD])
+    said = [tokenizer.encode(text, add_special_tokens=False)
+            for text in ("yes", "é", "yes", "o'clock.")]
+    row = [silence, *said[0], *said[1], word, *said[2], utterance, *said[3], silence]
+    assert [w["word"] for w in stream_words(row, tokenizer)] == ["yes", "é", "yes", "o'clock."]
+
+
+def draws(sampler, rows, decisions=()):
+    made = Draws(torch.tensor([v in decisions for v in range(4)]), 3, rows)
+    made.join(sampler, rows)
+    return made
+
+
+def shares(draw, times=400):
+    """How often each of four ids is drawn."""
+    made = torch.stack([draw(t) for t in range(times)]).flatten()
+    return torch.bincount(made, minlength=4) / len(made)
+
+
+def test_draws_follow_the_softmax_within_their_limits():
     logits = torch.tensor([0.0, 1.0, 2.0, -50.0]).expand(2, 3, 4)
-    sampler = Sampler([1], temperature=1.0, top_k=2, top_p=1.0)
-    counts = torch.zeros(4)
-    for _ in range(400):
-        counts += torch.bincount(sampler(logits).flatten(), minlength=4)
-    assert counts[0] == counts[3] == 0  # below the top two
-    assert abs(counts[2] / counts.sum() - 1 / (1 + torch.e ** -1)) < 0.03
-    assert (Sampler([1], 0, 0, 1.0)(logits) == 2).all()
+    cases = ({"top_k": 2}, 2), ({"top_k": 0}, 3), ({"top_k": 0, "top_p": 0.7}, 2)
+    for settings, top in cases:
+        made = draws(Sampler([1], temperature=1.0, **settings), 2)
+
+        def draw(t, made=made):
+            age = torch.full((2,), t)
+            return made.audio(logits, made.uniform(slice(0, 2), [t, t], age), slice(0, 2))
+        expected = torch.tensor([0.0, 1.0, 2.0, -50.0])
+        expected[:3 - top] = -torch.inf
+        assert (shares(draw) - expected.softmax(0)).abs().max() < 0.03
+    made = draws(Sampler([1], 0), 2)
+    u = made.uniform(slice(0, 2), [0, 0], torch.zeros(2).long())
+    assert (made.audio(logits, u, slice(0, 2)) == 2).all()
+
+
+def test_a_decision_and_a_word_have_their_own_temperatures():
+    """Ids 0 and 1 are decisions, 2 and 3 words; decisions at 1, words at 1 and at 0."""
+    logits = torch.tensor([1.0, 0.0, 0.5, -0.5])[None]
+    chance = logits[0].softmax(0)
+    greedy = torch.tensor([*chance[:2], chance[2:].sum(), 0])
+    for word, expected in ((1.0, chance), (0.0, greedy)):
+        made = draws(Sampler([3], 1.0, 0, word_temperature=word), 1, decisions=(0, 1))
+
+        def draw(t, made=made):
+            u = made.uniform(slice(0, 1), [t], torch.tensor([t]))
+            return made.text(logits, u, slice(0, 1))
+        assert (shares(draw, 3000) - expected).abs().max() < 0.03
+
+
+def test_which_sampling_counts(words):
+    stored = {"sampling": {"decision_temperature": 1.0, "audio_temperature": 0.3,
+                           "audio_top_k": 0}}
+    assert sampling_of(generate.Config(), {}) == {}  # the paper's, which are Sampler's own
+    assert sampling_of(generate.Config(), stored) == stored["sampling"]
+    asked = generate.Config(temperature=0.0, audio_top_k=7)
+    assert sampling_of(asked, stored) == {"temperature": 0.0, "audio_top_k": 7}
+    with pytest.raises(InputError, match="known are"):
+        sampling_of(generate.Config(), {"sampling": {"heat": 1}})
+    refuses("temperature=-0.5, top_k=40", *words, "temperature=-0.5")
+
+
+class Words:
+    """Stands for a tokenizer: a prompt of n letters is n tokens."""
+    eos_token, eos_token_id = "<end>", 1
+
+    def encode(self, prompt, add_special_tokens):
+        return [10 + ord(letter) % 50 for letter in prompt]
+
+    def convert_tokens_to_ids(self, tokens):
+        return [100 + i for i in range(len(tokens))]
+
+
+def tiny_model(layers=2, positions=4096):
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=200, hidden_size=32, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+                         max_position_embeddings=positions, initializer_range=0.3)
+    return FActor(LlamaForCausalLM(config), 2, 20, 8).eval()
+
+
+@pytest.fixture
+def hidden(monkeypatch):
+    """The hidden states of every frame, as decode_frame returns them."""
+    seen, decode = [], generate.decode_frame
+
+    def watched(*given):
+        seen.append(decode(*given))
+        return seen[-1]
+    monkeypatch.setattr(generate, "decode_frame", watched)
+    return seen
+
+
+FMT = StreamFormat(codebook_size=20, max_frames=100)
+SPEAKERS = torch.linspace(-1, 1, 32).view(4, 8)
+
+
+def start(model, prompts, frames=0, size=4, seeds=(0,)):
+    batch = Conversation(model, Words(), FMT, size, 12, frames, may_end=False)
+    prefix = read_prefix(model, Words(), prompts, SPEAKERS[:len(prompts)])
+    return batch, batch.join(prefix, Sampler(list(seeds)))[1]
+
+
+@torch.no_grad()
+def test_a_frame_is_the_models_forward_pass(hidden):
+    """Grouped heads, prompts of two lengths: transformers' hidden states to 1e-4."""
+    model, prompts, made = tiny_model(), ["hello", "you there"], []
+    batch, begin = start(model, prompts)
+    for _ in range(12):
+        user = batch.said[:2].flip(0)
+        made.append((torch.cat([batch.said[:2], user], 1), batch.text[:2].clone()))
+        batch.step(user)
+    audio = F.pad(torch.stack([codes for codes, _ in made], -1), (FMT.delay, 0), value=20)
+    text = torch.cat([begin[:, :-1], torch.stack([ids for _, ids in made], -1)], 1)
+    for b, prompt in enumerate(prompts):
+        tokens = torch.tensor([Words().encode(prompt, False)])
+        whole = model(audio[b:b + 1], text[b:b + 1], tokens, SPEAKERS[b:b + 1])[0]
+        for t, state in enumerate(hidden):
+            assert (state[b] - whole[tokens.shape[1] + 1 + t]).abs().max() < 1e-4
+
+
+def test_rows_join_and_leave_without_touching_the_others(hidden):
+    """Others of other prompts, ages and settings come and go: the same ids, numbers to 1e-4."""
+    model, users = tiny_model(), torch.randint(20, (12, 1, 2))
+    alone, _ = start(model, ["hello"], seeds=[5])
+    for user in users:
+        alone.step(user)
+    expected, said = [state[0] for state in hidden], alone.said[0].tolist()
+    batch, _ = start(model, ["ab", "something"], seeds=[9])
+    batch.join(read_prefix(model, Words(), ["hello"], SPEAKERS[:1]), Sampler([5]))
+    mine = 2
+    for t, user in enumerate(users):
+        if t == 4:
+            batch.leave(0)  # ours, the last, takes its place
+            mine = 0
+        if t == 8:
+            batch.join(read_prefix(model, Words(), ["late"], SPEAKERS[3:]), Sampler([7], 0.3, 0))
+        heard = torch.randint(20, (len(batch), 2))
+        heard[mine] = user
+        batch.step(heard)
+        assert (hidden[-1][mine] - expected[FMT.delay + t]).abs().max() < 1e-4
+    assert batch.said[mine].tolist() == said and batch.memory.ages == [14, 14, 6]
+
+
+@torch.no_grad()
+def test_the_oldest_frames_leave_and_the_prefix_stays(hidden):
+    """With one layer, the frames in the ring are all that there is: what 30 frames make of a ring
+    of 8 is what the model makes of the prompt and the last 8."""
+    model, made = tiny_model(layers=1), []
+    batch, _ = start(model, ["hello"], frames=8, size=1)
+    for _ in range(30):
+        user = torch.randint(20, (1, 2))
+        made.append((torch.cat([batch.said, user], 1), batch.text.clone()))
+        batch.step(user)
+    audio = torch.stack([codes for codes, _ in made[-8:]], -1)
+    text = torch.stack([ids for _, ids in made[-8:]], -1)
+    whole = model(audio, text, torch.tensor([Words().encode("hello", False)]), SPEAKERS[:1])
+    assert (hidden[-1] - whole[:, -1]).abs().max() < 1e-4
+
+
+def test_a_frame_costs_the_same_for_ever():
+    """No tensor of a conversation grows, and frame 5,000 computes what frame 500 computes."""
+    model = tiny_model()
+    batch, _ = start(model, ["hello"], frames=40, size=1)
+    sizes = []
+    for begin in (500, 5000):
+        batch.memory.ages[0] = begin
+        batch.memory.age[0] = begin
+        with torch.profiler.profile() as profile:
+            batch.step(torch.tensor([[1, 2]]))
+        kept = [*batch.memory.keys, *batch.memory.values, batch.memory.bias, batch.draws.noise]
+        work = sorted((event.key, event.count) for event in profile.key_averages())
+        sizes.append(([(tensor.data_ptr(), tensor.shape) for tensor in kept], work))
+    assert sizes[0] == sizes[1]
+
+
+def test_prompts_beyond_the_positions_are_refused():
+    with pytest.raises(InputError, match="a prompt of 30 tokens: the model has 20 positions"):
+        read_prefix(tiny_model(positions=20), Words(), ["x" * 30], SPEAKERS[:1])
+
+
+def test_dialogues_end_at_their_end_id():
+    """Each is cut at the first end id of either side, and is the same alone and among others."""
+    model = tiny_model()
+    model.dsu_head.bias.data[[21, 43]] -= 2.0  # the end id of both system codebooks
+    prompts = ["hello", "you", "what", "some more"]
+    together = talk(model, Words(), FMT, prompts, SPEAKERS, Sampler([3, 4]), 60)
+    lengths = [codes.shape[1] for codes, _ in together]
+    assert lengths[0] == lengths[1] != lengths[2] == lengths[3] and 0 < min(lengths)
+    assert max(lengths) < 58
+    seen = []
+    alone = talk(model, Words(), FMT, prompts[2:], SPEAKERS[2:], Sampler([4]), 60,
+                 on_frame=lambda t, ids: seen.append(ids))
+    for (codes, text), (same_codes, same_text) in zip(together[2:], alone):
+        assert codes.tolist() == same_codes.tolist() and text.tolist() == same_text.tolist()
+    assert len(seen) == lengths[2] + FMT.delay
 
 
 def test_another_codec_or_speaker_encoder_is_refused(golden_codec_model, words, tmp_path):
-    """A model that knows what its data were made with takes nothing else; one that doesn't (all tests above) takes it."""
+    """A model that knows what its data were made with takes nothing else; one that does not (in all
+    tests above) takes it."""
     model, tokenizer, fmt, _ = load_checkpoint(golden_codec_model)
-    made = {"codec_fingerprint": fingerprint(GOLDEN / "codec.nemo"), "speaker_encoder": "ecapa", "speaker_size": 192}
+    made = {"codec_fingerprint": fingerprint(GOLDEN / "codec.nemo"), "speaker_encoder": "ecapa",
+            "speaker_size": 192}
     save_checkpoint(tmp_path / "knows", model, tokenizer, fmt, made)
     words += [f"model={tmp_path}/knows"]
     (tmp_path / "prompts.json").write_text(json.dumps([PAIR]))
     generate.main([*words, "--prompts", str(tmp_path / "prompts.json"), "max_frames=3"])
     assert (tmp_path / "out" / "dialogue_0000.wav").exists()
-    (tmp_path / "info.json").write_text(json.dumps(made | {"speaker_encoder": "resemblyzer"}))  # beside voices.json
-    refuses("embeddings by resemblyzer (192 numbers)", *words, "--prompts", tmp_path / "prompts.json")
+    own = ["--prompts", str(tmp_path / "prompts.json")]
+    (tmp_path / "info.json").write_text(json.dumps(made | {"speaker_encoder": "resemblyzer"}))
+    refuses("embeddings by resemblyzer (192 numbers)", *words, *own)  # beside voices.json
     (tmp_path / "info.json").write_text(json.dumps(made | {"speaker_size": 256}))
     refuses("embeddings by ecapa (256 numbers)", *words, f"data={tmp_path}")
     (tmp_path / "info.json").unlink()
-    (tmp_path / "other.nemo").write_bytes((GOLDEN / "codec.nemo").read_bytes() + bytes(512))  # padding: still a whole tar
+    # padding: still a whole tar
+    (tmp_path / "other.nemo").write_bytes((GOLDEN / "codec.nemo").read_bytes() + bytes(512))
     refuses("other.nemo is not the codec that", *words, f"codec={tmp_path}/other.nemo")
