@@ -27,6 +27,7 @@ import glob
 import itertools
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -42,6 +43,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from config import InputError, hub_problem, load_settings
+
+# a handful of words at a time: handing them to threads takes longer, on a busy machine much longer
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SILENCE_PAD, UTTERANCE_PAD, WORD_PAD = "[SILENCE_PAD]", "[UTTERANCE_PAD]", "[WORD_PAD]"
 BC, INTER = "[BC]", "[INTER]"
