@@ -470,12 +470,22 @@ class Conversation:
         return self.said[rows].clone(), torch.stack([*text, self.text[rows]], 1)
 
     @torch.no_grad()
-    def step(self, user_codes):
+    def step(self, user_codes, waiting=()):
         """One frame of every row. user_codes (B, K): what each heard during its last frame.
-        Returns said (B, K) and text (B,) of the next; text runs `delay` frames ahead."""
-        rows = slice(0, len(self))
+        waiting: rows that make none this time and stay as they are; what comes back for them has
+        no meaning. Returns said (B, K) and text (B,) of the next; text runs `delay` frames ahead.
+        """
+        rows, waiting = slice(0, len(self)), list(waiting)
+        before = self.said[waiting], self.text[waiting]
+        states = [self.draws.generators[row].get_state() for row in waiting]
         self._draw(self._read(rows, user_codes), rows)
-        return self.said[rows].clone(), self.text[rows].clone()
+        said, text = self.said[rows].clone(), self.text[rows].clone()
+        self.said[waiting], self.text[waiting] = before
+        self.memory.age[waiting] -= 1  # so that the next step writes over this one
+        for row, state in zip(waiting, states):
+            self.memory.ages[row] -= 1
+            self.draws.generators[row].set_state(state)  # it may have drawn its next block
+        return said, text
 
     def leave(self, row):
         """A row goes, and the last one takes its place."""
