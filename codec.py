@@ -568,7 +568,7 @@ class Mimi(nn.Module):
     codebook_size C (2048).
     """
 
-    num_codebooks = 8
+    num_codebooks, lookahead = 8, 0
 
     def __init__(self, model):
         super().__init__()
@@ -593,7 +593,7 @@ class Mimi(nn.Module):
 
     def streaming(self, rows=1):
         """-> MimiStream, `rows` recordings piece by piece."""
-        return MimiStream(self, rows, 0)
+        return MimiStream(self, rows, self.lookahead)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -629,6 +629,9 @@ class Stream:
         those that have been heard whole and whose look-ahead has been. T may be 0. A row that began
         later than others holds -1 where they have codes and it has none yet.
         """
+        if chunk.ndim != 2 or len(chunk) != self.rows:
+            raise InputError(f"the stream has {self.rows} rows and takes audio ({self.rows}, "
+                             f"samples), not {tuple(chunk.shape)}")
         audio, size = torch.cat([self.pending, chunk], 1), self.codec.samples_per_frame
         frames = audio.shape[1] // size
         # a copy: a piece of a view would keep the whole

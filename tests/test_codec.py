@@ -16,11 +16,13 @@ from config import InputError
 TTS = "nemo.collections.tts.modules.audio_codec_modules."
 CONFIG = {
     "sample_rate": 22050, "samples_per_frame": 12,
-    "audio_encoder": {"_target_": TTS + "HiFiGANEncoder", "down_sample_rates": [2, 2, 3], "encoded_dim": 6,
-                      "base_channels": 2, "activation": "lrelu", "pad_mode": "replicate"},
-    "audio_decoder": {"_target_": TTS + "CausalHiFiGANDecoder", "up_sample_rates": [3, 2, 2], "input_dim": 6,
-                      "base_channels": 16, "activation": "half_snake", "output_activation": "clamp",
-                      "pad_mode": "zeros", "n_groups_equal_to_out_channels": True},
+    "audio_encoder": {"_target_": TTS + "HiFiGANEncoder", "down_sample_rates": [2, 2, 3],
+                      "encoded_dim": 6, "base_channels": 2, "activation": "lrelu",
+                      "pad_mode": "replicate"},
+    "audio_decoder": {"_target_": TTS + "CausalHiFiGANDecoder", "up_sample_rates": [3, 2, 2],
+                      "input_dim": 6, "base_channels": 16, "activation": "half_snake",
+                      "output_activation": "clamp", "pad_mode": "zeros",
+                      "n_groups_equal_to_out_channels": True},
     "vector_quantizer": {"_target_": TTS + "GroupFiniteScalarQuantizer", "num_groups": 2,
                          "num_levels_per_group": [5, 4, 3]}}
 
@@ -28,20 +30,25 @@ CONFIG = {
 def nemo_weights(new_naming):
     """A random NanoCodec -> its state dict as NeMo would write it, weight norm in either naming."""
     torch.manual_seed(0)
-    weights = {"vector_quantizer.fsqs.0.num_levels": torch.tensor([5, 4, 3]), "discriminator.x": torch.zeros(1)}
+    weights = {"vector_quantizer.fsqs.0.num_levels": torch.tensor([5, 4, 3]),
+               "discriminator.x": torch.zeros(1)}
     for name, value in NanoCodec(CONFIG).state_dict().items():
         part, *path, leaf = name.split(".")
-        value = value * {"encoder": 2, "decoder": 1.2}[part]  # loud enough for many different codes, no louder
-        path = [f"{step}.res_blocks" if i > 0 and path[0] == "res_layers" and step.isdigit() and i < 3 else step
-                for i, step in enumerate(path)]
+        # loud enough for many different codes, no louder
+        value = value * {"encoder": 2, "decoder": 1.2}[part]
+        if path[0] == "res_layers":
+            path[1:3] = [f"{step}.res_blocks" for step in path[1:3]]
         stem = ".".join(["audio_" + part, *path])
         if leaf == "weight":
             norm = value.flatten(1).norm(dim=1)[:, None, None]
-            g, v = (("parametrizations.weight.original0", "parametrizations.weight.original1") if new_naming
-                    else ("weight_g", "weight_v"))
-            weights |= {f"{stem}.conv.{g}": norm, f"{stem}.conv.{v}": value * 7}  # the length of v must not matter
+            g, v = "weight_g", "weight_v"
+            if new_naming:
+                g, v = (f"parametrizations.weight.original{i}" for i in (0, 1))
+            # the length of v must not matter
+            weights |= {f"{stem}.conv.{g}": norm, f"{stem}.conv.{v}": value * 7}
         else:
-            weights[f"{stem}.conv.bias" if leaf == "bias" else f"{stem}.activation.snake_act.alpha"] = value
+            kind = "conv.bias" if leaf == "bias" else "activation.snake_act.alpha"
+            weights[f"{stem}.{kind}"] = value
     return weights
 
 
@@ -78,7 +85,8 @@ def test_fsq_digits_first_level_lowest():
     every = torch.arange(60).expand(1, 2, 60)
     grid = fsq.decode(every)  # (1, 6, 60)
     assert grid.shape == (1, 6, 60) and grid.min() == -1 and grid.max() == 1
-    assert torch.equal(grid[0, 0, :5], torch.tensor([-1, -.5, 0, .5, 1])) and grid[0, 1, 4] == -1 < grid[0, 1, 5]
+    assert torch.equal(grid[0, 0, :5], torch.tensor([-1, -.5, 0, .5, 1]))
+    assert grid[0, 1, 4] == -1 < grid[0, 1, 5]
     half = torch.tensor([2, 1.5, 1]).repeat(2)[None, :, None] * 0.999  # the squashing, undone
     offset = torch.tensor([0, .5, 0]).repeat(2)[None, :, None]
     numbers = grid * torch.tensor([2, 2, 1]).repeat(2)[None, :, None]
@@ -99,8 +107,9 @@ def test_fsq_gradient_passes_straight_through():
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_both_weight_norm_namings_and_gzip(codec, tmp_path, mode):
     other = load_codec(write_nemo(tmp_path / "new.nemo", weights=nemo_weights(True), mode=mode))
-    assert all(torch.equal(a, b) for a, b in zip(codec.state_dict().values(), other.state_dict().values()))
-    assert not other.training and (other.num_codebooks, other.codebook_size, other.samples_per_frame) == (2, 60, 12)
+    pairs = zip(codec.state_dict().values(), other.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs) and not other.training
+    assert (other.num_codebooks, other.codebook_size, other.samples_per_frame) == (2, 60, 12)
 
 
 def test_weight_norm_folds_as_torch_applies_it():
@@ -131,8 +140,8 @@ def test_archive_without_its_files(tmp_path):
 
 def test_archive_of_something_else(tmp_path):
     wav2vec = CONFIG | {"audio_encoder": CONFIG["audio_encoder"] | {"_target_": "x.OtherEncoder"}}
-    for config, part in (({"encoder": {}}, "no 'audio_encoder'"), (wav2vec, "OtherEncoder"), (None, "NanoCodec"),
-                         (CONFIG | {"samples_per_frame": 99}, "99")):
+    for config, part in (({"encoder": {}}, "no 'audio_encoder'"), (wav2vec, "OtherEncoder"),
+                         (None, "NanoCodec"), (CONFIG | {"samples_per_frame": 99}, "99")):
         with pytest.raises(InputError) as error:
             load_codec(write_nemo(tmp_path / "x.nemo", config))
         one_line(error, "model_config.yaml", part)
@@ -175,7 +184,8 @@ def test_missing_file_and_hub_name_without_network(tmp_path, monkeypatch):
 def test_hub_name_fetches_the_archive(tmp_path, monkeypatch):
     asked = []
     path = write_nemo(tmp_path / "tiny.nemo")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(path))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda *names: asked.append(names) or str(path))
     assert load_codec("nvidia/tiny-12.5fps").num_codebooks == 2
     assert asked == [("nvidia/tiny-12.5fps", "tiny-12.5fps.nemo")]
 
@@ -185,9 +195,11 @@ def test_hub_name_fetches_the_archive(tmp_path, monkeypatch):
 
 def test_a_batch_gives_what_each_item_gives_alone(codec):
     torch.manual_seed(1)
-    audio, lengths = torch.randn(4, 500), [500, 12, 301, 95]  # what stands behind a length is noise: must not matter
+    # what stands behind a length is noise: must not matter
+    audio, lengths = torch.randn(4, 500), [500, 12, 301, 95]
     codes, frames = codec.encode(audio, torch.tensor(lengths))
-    assert codes.shape == (4, 2, 42) and codes.dtype == torch.int64 and frames.tolist() == [42, 1, 26, 8]
+    assert codes.shape == (4, 2, 42) and codes.dtype == torch.int64
+    assert frames.tolist() == [42, 1, 26, 8]
     assert codes.unique().numel() > 20  # the comparison would be empty if all were one code
     sound, samples = codec.decode(codes, frames)
     assert sound.shape == (4, 42 * 12) and samples.tolist() == [504, 12, 312, 96]
@@ -199,12 +211,12 @@ def test_a_batch_gives_what_each_item_gives_alone(codec):
 
 
 def test_codes_and_audio_that_do_not_fit(codec):
-    for codes in (torch.full((1, 2, 3), 60), torch.full((1, 2, 3), -1), torch.zeros(1, 3, 3), torch.zeros(2, 3),
-                  torch.zeros(1, 2, 0)):
+    for codes in (torch.full((1, 2, 3), 60), torch.full((1, 2, 3), -1), torch.zeros(1, 3, 3),
+                  torch.zeros(2, 3), torch.zeros(1, 2, 0)):
         with pytest.raises(InputError):
             codec.decode(codes.long())
-    for audio, lengths in ((torch.zeros(1, 0), None), (torch.zeros(9), None), (torch.zeros(2, 9), [9, 10]),
-                           (torch.zeros(2, 9), [9, 0])):
+    for audio, lengths in ((torch.zeros(1, 0), None), (torch.zeros(9), None),
+                           (torch.zeros(2, 9), [9, 10]), (torch.zeros(2, 9), [9, 0])):
         with pytest.raises(InputError):
             codec.encode(audio, lengths)
 

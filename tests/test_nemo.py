@@ -13,7 +13,8 @@ from config import InputError
 from listen import RATE, recognise, speaker_encoder
 
 pytestmark = pytest.mark.nemo
-MEL = {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor", "sample_rate": RATE, "features": 80,
+ASR = "nemo.collections.asr.modules."
+MEL = {"_target_": ASR + "AudioToMelSpectrogramPreprocessor", "sample_rate": RATE, "features": 80,
        "normalize": "per_feature", "window_size": 0.025, "window_stride": 0.01, "n_fft": 512}
 
 
@@ -21,7 +22,8 @@ MEL = {"_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocess
 def nemo():
     """nemo("tts" or "asr", class, config) -> one of NeMo's models with random weights, always the
     same."""
-    models = {kind: pytest.importorskip(f"nemo.collections.{kind}.models") for kind in ("tts", "asr")}
+    models = {kind: pytest.importorskip(f"nemo.collections.{kind}.models")
+              for kind in ("tts", "asr")}
     from omegaconf import DictConfig
 
     def make(package, name, config):
@@ -39,7 +41,8 @@ def test_nanocodec_of_released_size(nemo, tmp_path):
     theirs = nemo("tts", "AudioCodecModel", config)
     with torch.no_grad():
         for name, weight in theirs.audio_encoder.named_parameters():
-            if name.endswith("original0"):  # the norm of a weight: louder, or all codes would be the same
+            if name.endswith("original0"):
+                # the norm of a weight: louder, or all codes would be the same
                 weight.mul_(2)
     parts = (theirs.audio_encoder, theirs.audio_decoder)
     assert round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6, 1) == 61.8
@@ -63,12 +66,13 @@ def test_ecapa(nemo, tmp_path):
     the same speech."""
     model = nemo("asr", "EncDecSpeakerLabelModel", {
         "sample_rate": RATE, "preprocessor": MEL,
-        "encoder": {"_target_": "nemo.collections.asr.modules.ECAPAEncoder", "feat_in": 80,
+        "encoder": {"_target_": ASR + "ECAPAEncoder", "feat_in": 80,
                     "filters": [1024, 1024, 1024, 1024, 3072], "kernel_sizes": [5, 3, 3, 3, 1],
                     "dilations": [1, 1, 1, 1, 1], "scale": 8},
-        "decoder": {"_target_": "nemo.collections.asr.modules.SpeakerDecoder", "feat_in": 3072, "num_classes": 7205,
+        "decoder": {"_target_": ASR + "SpeakerDecoder", "feat_in": 3072, "num_classes": 7205,
                     "pool_mode": "attention", "emb_sizes": 192},
-        "loss": {"_target_": "nemo.collections.asr.losses.angularloss.AngularSoftmaxLoss", "scale": 30, "margin": 0.2}})
+        "loss": {"_target_": "nemo.collections.asr.losses.angularloss.AngularSoftmaxLoss",
+                 "scale": 30, "margin": 0.2}})
     model.save_to(str(tmp_path / "ecapa_tdnn.nemo"))
     embed, size = speaker_encoder(str(tmp_path / "ecapa_tdnn.nemo"))
     audio = np.random.default_rng(0).standard_normal(2 * RATE).astype(np.float32) / 10
@@ -82,27 +86,34 @@ def test_parakeet(nemo, tmp_path):
     """A tiny model of Parakeet-TDT's kind (FastConformer, TDT, subwords): words with times inside
     the audio."""
     import sentencepiece
-    (tmp_path / "text").write_text("\n".join(f"the {a} {b} said hello to me" for a in "abcdefgh" for b in "xyz"))
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"),
-                                             vocab_size=40, model_type="bpe", minloglevel=2)
-    tokens = [line.split("\t")[0] for line in (tmp_path / "tokenizer.vocab").read_text().splitlines()]
+    lines = [f"the {a} {b} said hello to me" for a in "abcdefgh" for b in "xyz"]
+    (tmp_path / "text").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40,
+        model_type="bpe", minloglevel=2)
+    vocabulary = (tmp_path / "tokenizer.vocab").read_text()
+    tokens = [line.split("\t")[0] for line in vocabulary.splitlines()]
     (tmp_path / "vocab.txt").write_text("\n".join(tokens))
     durations = [0, 1, 2, 3, 4]
     model = nemo("asr", "EncDecRNNTBPEModel", {
-        "sample_rate": RATE, "preprocessor": MEL, "tokenizer": {"dir": str(tmp_path), "type": "bpe"},
-        "model_defaults": {"enc_hidden": 32, "pred_hidden": 16, "joint_hidden": 16, "tdt_durations": durations,
-                           "num_tdt_durations": 5},
-        "encoder": {"_target_": "nemo.collections.asr.modules.ConformerEncoder", "feat_in": 80, "n_layers": 1, "d_model": 32,
-                    "n_heads": 2, "subsampling": "dw_striding", "subsampling_factor": 8,
-                    "subsampling_conv_channels": 16, "self_attention_model": "rel_pos", "conv_kernel_size": 9},
-        "decoder": {"_target_": "nemo.collections.asr.modules.RNNTDecoder",
-                    "prednet": {"pred_hidden": 16, "pred_rnn_layers": 1}, "vocab_size": 40},
-        "joint": {"_target_": "nemo.collections.asr.modules.RNNTJoint", "num_classes": 40, "num_extra_outputs": 5,
-                  "vocabulary": tokens, "jointnet": {"joint_hidden": 16, "activation": "relu", "encoder_hidden": 32,
-                                                     "pred_hidden": 16}},
+        "sample_rate": RATE, "preprocessor": MEL,
+        "tokenizer": {"dir": str(tmp_path), "type": "bpe"},
+        "model_defaults": {"enc_hidden": 32, "pred_hidden": 16, "joint_hidden": 16,
+                           "tdt_durations": durations, "num_tdt_durations": 5},
+        "encoder": {"_target_": ASR + "ConformerEncoder", "feat_in": 80, "n_layers": 1,
+                    "d_model": 32, "n_heads": 2, "subsampling": "dw_striding",
+                    "subsampling_factor": 8, "subsampling_conv_channels": 16,
+                    "self_attention_model": "rel_pos", "conv_kernel_size": 9},
+        "decoder": {"_target_": ASR + "RNNTDecoder", "vocab_size": 40,
+                    "prednet": {"pred_hidden": 16, "pred_rnn_layers": 1}},
+        "joint": {"_target_": ASR + "RNNTJoint", "num_classes": 40, "num_extra_outputs": 5,
+                  "vocabulary": tokens,
+                  "jointnet": {"joint_hidden": 16, "activation": "relu", "encoder_hidden": 32,
+                               "pred_hidden": 16}},
         "decoding": {"strategy": "greedy_batch", "model_type": "tdt", "durations": durations,
                      "greedy": {"max_symbols": 10}},
-        "loss": {"loss_name": "tdt", "tdt_kwargs": {"durations": durations, "sigma": 0.02, "omega": 0.1}}})
+        "loss": {"loss_name": "tdt",
+                 "tdt_kwargs": {"durations": durations, "sigma": 0.02, "omega": 0.1}}})
     with torch.no_grad():
         model.joint.joint_net[-1].weight.mul_(20)  # so that there are several words
         model.joint.joint_net[-1].bias[:3] -= 100  # <unk>, <s>, </s> are none

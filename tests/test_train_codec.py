@@ -15,8 +15,8 @@ from codec import load_codec
 from config import InputError
 from world import train_codec
 
-TINY = ["batch=2", "crop_frames=4", "step_width=24", "frame_width=32", "steps=4", "adversarial_from=0.5", "warmup=2",
-        "save_minutes=0"]
+TINY = ["batch=2", "crop_frames=4", "step_width=24", "frame_width=32", "steps=4",
+        "adversarial_from=0.5", "warmup=2", "save_minutes=0"]
 
 
 @pytest.fixture(scope="module")
@@ -51,34 +51,39 @@ def test_trains_resumes_and_loads(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(train_codec, "crops", real_crops)
     train_codec.main([f"data={raw}", f"out={tmp_path}/killed", "resume=true", *TINY])
 
-    codec, again = (load_codec(tmp_path / name / "codec.safetensors") for name in ("whole", "killed"))
+    codec = load_codec(tmp_path / "whole/codec.safetensors")
+    again = load_codec(tmp_path / "killed/codec.safetensors")
     for name, value in codec.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert (tmp_path / "whole/log.csv").read_text().splitlines()[1].startswith("4,")
     with pytest.raises(InputError, match="resume=true"):
         train_codec.main([f"data={raw}", f"out={tmp_path}/whole", *TINY])
     with pytest.raises(InputError, match="doesn't fit"):
-        train_codec.main([f"data={raw}", f"out={tmp_path}/whole", "resume=true", *TINY, "frame_width=16"])
+        train_codec.main([f"data={raw}", f"out={tmp_path}/whole", "resume=true", *TINY,
+                          "frame_width=16"])
 
     # a padded batch: each item gives what it gives alone, in whole frames
     audio = torch.from_numpy(np.random.default_rng(1).normal(0, 0.1, (3, 8000)).astype("float32"))
     lengths = [8000, 1, 3528]
     codes, frames = codec.encode(audio, torch.tensor(lengths))
     decoded, samples = codec.decode(codes, frames)
-    assert codes.shape == (3, 4, 5) and frames.tolist() == [5, 1, 2] and codes.max() < codec.codebook_size == 625
+    assert codes.shape == (3, 4, 5) and frames.tolist() == [5, 1, 2]
+    assert codes.max() < codec.codebook_size == 625
     assert decoded.shape == (3, 5 * 1764) and samples.tolist() == [5 * 1764, 1764, 2 * 1764]
     for i, n in enumerate(lengths):
         alone, t = codec.encode(audio[i:i + 1, :n])
         assert torch.equal(alone[0], codes[i, :, :t[0]]) and not codes[i, :, t[0]:].any()
         sound = codec.decode(alone)[0][0]
-        assert torch.allclose(sound, decoded[i, :len(sound)], atol=1e-5) and not decoded[i, len(sound):].any()
+        assert torch.allclose(sound, decoded[i, :len(sound)], atol=1e-5)
+        assert not decoded[i, len(sound):].any()
     with pytest.raises(InputError, match="0..624"):
         codec.decode(codes + 625)
 
 
 def test_decoder_only_keeps_codes_valid(raw, tmp_path):
     def encoder(path):
-        return {name: value for name, value in load_codec(path).state_dict().items() if name.startswith("enc_")}
+        weights = load_codec(path).state_dict()
+        return {name: value for name, value in weights.items() if name.startswith("enc_")}
 
     words = [f"data={raw}", f"out={tmp_path}", *TINY]
     train_codec.main(words)
@@ -124,7 +129,8 @@ def test_a_bank(tmp_path):
         flac, marks = _paths(tmp_path, f"Text {i}.", "joe")
         flac.parent.mkdir(exist_ok=True)
         soundfile.write(flac, rng.normal(0, 0.1, 2 * 1764), 22050)
-        marks.write_text(json.dumps({"text": f"Text {i}.", "voice": "joe", "words": [], "phones": [["a", 0, 0.1]]}))
+        marks.write_text(json.dumps({"text": f"Text {i}.", "voice": "joe", "words": [],
+                                     "phones": [["a", 0, 0.1]]}))
     clips, held = train_codec.load_clips(tmp_path)
     assert len(clips) + len(held) == 60 and 0 < len(held) < 10
     train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY, "steps=1"])
@@ -134,7 +140,8 @@ def test_a_bank(tmp_path):
 def test_trains_without_phones(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
-        soundfile.write(tmp_path / split / "a.wav", np.random.default_rng(0).normal(0, 0.1, 22050), 22050)
+        noise = np.random.default_rng(0).normal(0, 0.1, 22050)
+        soundfile.write(tmp_path / split / "a.wav", noise, 22050)
     train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY, "steps=1"])
     assert load_codec(tmp_path / "out/codec.safetensors").codebook_size == 625
 
