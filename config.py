@@ -1,7 +1,7 @@
 """Settings, mistakes, files, threads and worker processes, the same way for every script.
 
-A script declares its settings as a dataclass; `load_settings` fills it from an optional YAML file and
-`key=value` (or `--key value`) words, later ones winning:
+A script declares its settings as a dataclass; `load_settings` fills it from an optional YAML file
+and `key=value` (or `--key value`) words, later ones winning:
 `python train.py configs/nano.yaml steps=100 --out runs/a`.
 """
 import concurrent.futures
@@ -44,10 +44,14 @@ def use_threads(threads=1):
 
     One is the default: threads wait for each other at every operation, thousands of times a second
     in models this small, so that one other busy process on the machine stops all of them.
+    0: as many as there are cores that nothing else uses now, which training profits from.
     """
     import torch
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads)
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    if threads == 0:
+        threads = max(1, torch.get_num_threads() - round(os.getloadavg()[0]))
+    torch.set_num_threads(threads)
 
 
 def over_cores(function, work, workers=0):
@@ -177,7 +181,7 @@ def _read_yaml(path):
 
 
 def _convert(key, value, kind, where):
-    """`value` (a YAML value or the text of a command-line word) as `kind`: bool, int, float, str."""
+    """`value` (a YAML value or the text of a command-line word) as a bool, int, float or str."""
     if isinstance(value, str) and kind is not str:
         try:
             value = yaml.safe_load(value)

@@ -54,15 +54,6 @@ def random_batch(cfg, vocabulary):
             "frame_mask": torch.ones(size, frames, dtype=torch.bool), "speaker": torch.randn(size, cfg.speaker_numbers)}
 
 
-def train_step(model, optimizer, batch, cfg, bf16, passes):
-    """One step as in train.py, with `passes` forward and backward passes."""
-    for _ in range(passes):
-        (train.losses_of(model, batch, cfg, bf16)["loss"] / passes).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 def measure(cfg, config):
     """Train on this GPU. Returns (peak of allocated bytes, seconds a step)."""
     torch.cuda.set_device(0)
@@ -75,7 +66,7 @@ def measure(cfg, config):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             began = time.time()
-        train_step(model, optimizer, batch, cfg, torch.cuda.is_bf16_supported(), cfg.accumulation)
+        train.train_step(model, optimizer, [batch] * cfg.accumulation, cfg, torch.cuda.is_bf16_supported())
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated(), (time.time() - began) / cfg.measured
 
@@ -86,12 +77,12 @@ def compute(cfg, config):
     with FakeTensorMode():
         model, batch = random_model(cfg, config), random_batch(cfg, config.vocab_size)
         optimizer = train.make_optimizer(model, cfg)
-        train_step(model, optimizer, batch, cfg, True, 1)
+        train.train_step(model, optimizer, [batch], cfg, True)
         train.losses_of(model, batch, cfg, True)["loss"].backward()
         tracker = MemTracker()
         tracker.track_external(model, optimizer, *(value for value in batch.values() if value is not None))
         with tracker:
-            train_step(model, optimizer, batch, cfg, True, 1)
+            train.train_step(model, optimizer, [batch], cfg, True)
     peak = Counter()
     for sizes in tracker.get_tracker_snapshot("peak").values():
         peak.update({getattr(kind, "value", kind): size for kind, size in sizes.items()})

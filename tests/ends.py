@@ -2,9 +2,9 @@
 
     python tests/ends.py [ends=200] [processes=4] [limit=60] [busy=2] [torchrun=true] [train=PATH]
 
-Trains a tiny model on the golden dialogues `ends` times, from the first import to the last line of
-train.py, while `busy` processes keep the machine busy. Every run that takes longer than `limit`
-seconds is ended from outside and reported; one of these, or one that fails, makes the exit status 1.
+Trains a tiny model on the golden dialogues `ends` times, to the last line of train.py, while `busy`
+processes keep the machine busy. Every run that takes longer than `limit` seconds is ended from
+outside and reported; one of these, or one that fails, makes the exit status 1.
 
 torchrun=true starts every run by torchrun; most of the time then goes to four times the imports.
 Without it this process imports everything once and forks, with torchrun's environment and store:
@@ -108,7 +108,8 @@ def main(argv):
     dialogues = json.loads((GOLDEN / "dialogues.json").read_text())
     for split in ("train", "validation"):
         write_split(folder / "data", dialogues[:8], split)
-    settings = TINY | {"steps": 2, "eval_every": 2, "accumulation": 1, "batch_size": 1, "data": folder / "data"}
+    settings = TINY | {"steps": 2, "eval_every": 2, "accumulation": 1, "batch_size": 1,
+                       "data": folder / "data"}
     seconds, bad = [], 0
     for end in range(cfg.ends):
         words = [f"{key}={value}" for key, value in settings.items()] + [f"out={folder}/{end}"]
