@@ -215,12 +215,12 @@ def new_model(backbone, num_codebooks, codebook_size, speaker_size, tokenizer):
     return FActor(backbone, num_codebooks, codebook_size, speaker_size)
 
 
-def save_checkpoint(folder, model, tokenizer, fmt, extra, dtype=None):
+def save_checkpoint(folder, model, tokenizer, fmt, extra, dtype=None, weights=None):
     """Write a checkpoint in the released layout: config.json, model.safetensors, tokenizer files.
 
     The config is the backbone's, with the entries that the authors' program reads and ours:
     `stream_format` (data.StreamFormat) and what `extra` holds. dtype: of the stored weights
-    (default: as they are).
+    (default: as they are). weights: the model's state dict, if it is split over processes.
     """
     folder = Path(folder)
     new, old = beside(folder, ".tmp"), beside(folder, ".old")
@@ -229,8 +229,9 @@ def save_checkpoint(folder, model, tokenizer, fmt, extra, dtype=None):
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
+    weights = model.state_dict() if weights is None else weights
     tensors = {name.removeprefix("backbone."): tensor.detach().to("cpu", dtype).contiguous()
-               for name, tensor in model.state_dict().items()}
+               for name, tensor in weights.items()}
     if model.backbone.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})

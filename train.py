@@ -19,13 +19,14 @@ import time
 import traceback
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -47,7 +48,6 @@ from model import load_checkpoint, new_model, save_checkpoint
 COLUMNS = ["step", "epoch", "loss", "ppl_audio_system", "ppl_audio_user", "ppl_text", "val_loss",
            "val_ppl_audio_system", "val_ppl_audio_user", "val_ppl_text", "lr", "grad_norm",
            "frames_per_s"]
-
 
 @dataclass
 class Config:
@@ -93,6 +93,8 @@ class Config:
     weight_decay: float = 0.01
     clip: float = 1.0  # gradient norm
     checkpointing: bool = False  # compute activations again: less memory, slower by a third
+    compile: bool = False  # by torch.compile; what it cannot compile runs as it is
+    fsdp: bool = False  # split weights, gradients and averages over the processes (torchrun)
     threads: int = 0  # on a CPU; 0: its cores where nothing else runs at the start, else one
     eval_every: int = 500  # steps between evaluations, each of which also writes last/ and state.pt
     save_dtype: str = "float32"  # of best/ and last/: float32 | bfloat16
@@ -101,7 +103,8 @@ class Config:
 
 
 # these may be others when a run goes on; what `data` points to is compared, not its path
-MAY_CHANGE = ("resume", "out", "data", "steps", "patience", "eval_every", "threads")
+MAY_CHANGE = ("resume", "out", "data", "steps", "patience", "eval_every", "threads", "compile",
+              "checkpointing", "save_dtype")
 AT_LEAST = {1: ("codebook_size", "hidden", "layers", "heads", "kv_heads", "intermediate",
                 "vocab_size", "batch_size", "accumulation", "steps", "eval_every", "patience"),
             0: ("limit", "user_weight", "listening_weight", "text_weight", "min_lr", "warmup",
@@ -121,7 +124,8 @@ class Run:
     val: Dialogues
     tokenizer: Any
     model: Any  # FActor
-    network: Any  # the model, or with several processes DistributedDataParallel around it
+    network: Any  # the model, or with several processes DistributedDataParallel around it, or, by
+    # fsdp, the model itself with its weights split over the processes
     optimizer: Any
     step: int = 0  # optimizer steps done
     best: float = math.inf  # validation loss
@@ -294,21 +298,33 @@ def setup(cfg):
     torch.manual_seed(cfg.seed)  # the same weights in every process
     opened = load_dialogues(cfg.data, "train", cfg.streaming)
     model, tokenizer = build(cfg, fmt, opened)
-    model.to(device)
-    if cfg.checkpointing:
-        model.recompute_activations()
     train = None if cfg.streaming else Dialogues(opened, tokenizer, fmt, cfg.limit)
     val = Dialogues(load_dialogues(cfg.data, cfg.val_split, cfg.streaming), tokenizer, fmt,
                     cfg.limit)
     if train and len(train) < cfg.batch_size * world:
         raise InputError(f"{cfg.data}: {len(train)} training dialogues are fewer than one batch of "
                          f"{cfg.batch_size * world}")
-    network = model
-    if world > 1:
-        network = DistributedDataParallel(model, None if device.type == "cpu" else [device],
-                                          gradient_as_bucket_view=True)
+    network = place_model(model, cfg, world, device)
     return Run(cfg, fmt, rank, world, device, opened, train, val, tokenizer, model, network,
                make_optimizer(model, cfg))
+
+
+def place_model(model, cfg, world, device):
+    """Bring the model to the device, as the config asks. Returns Run.network."""
+    if cfg.checkpointing:
+        model.recompute_activations()
+    if cfg.compile:
+        torch._dynamo.config.suppress_errors = True
+        model.compile(dynamic=True)  # dialogues have many lengths
+    if cfg.fsdp and world > 1:  # FSDP2: a layer's weights are whole only while it computes
+        for layer in model.backbone.base_model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+    model.to(device)
+    if world == 1:
+        return model
+    return DistributedDataParallel(model, None if device.type == "cpu" else [device],
+                                   gradient_as_bucket_view=True)
 
 
 def describe(run):
@@ -385,8 +401,7 @@ def resume(run):
     if before and before != now:
         run.say(f"note: the training dialogues are not those of before ({before['number']} then, "
                 f"{now['number']} now); the tokenizer and the codec are the same")
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    load_whole(run, state["model"], state["optimizer"])
     run.step, run.best, run.bad_evals = state["step"], state["best"], state["bad_evals"]
     if run.cfg.streaming:
         run.place = state["places"][run.rank]
@@ -399,7 +414,7 @@ def open_log(run):
     rows = []
     if run.cfg.resume and path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines()
-        rows = [row for row in csv.DictReader(lines) if is_whole(row, run.step)]
+        rows = [row for row in csv.DictReader(lines) if is_complete(row, run.step)]
 
     def write(temporary):
         with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -411,7 +426,7 @@ def open_log(run):
     return csv.DictWriter(file, COLUMNS), file
 
 
-def is_whole(row, last_step):
+def is_complete(row, last_step):
     """Whether a row of log.csv, as csv.DictReader gives it, is complete and of a step up to
     last_step."""
     try:
@@ -421,12 +436,34 @@ def is_whole(row, last_step):
         return False
 
 
+def whole_states(run):
+    """The state dicts of model and optimizer. If they are split over the processes (fsdp), all call
+    this, and the first gets them."""
+    if not isinstance(run.network, FSDPModule):
+        return run.model.state_dict(), run.optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    together = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_state_dict(run.model, run.optimizer, options=together)
+
+
+def load_whole(run, weights, averages):
+    """Load what whole_states gave."""
+    if not isinstance(run.network, FSDPModule):
+        run.model.load_state_dict(weights)
+        run.optimizer.load_state_dict(averages)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=averages,
+                   options=StateDictOptions(full_state_dict=True))
+
+
 def checkpoint(run, is_best):
     """Write last/, best/ and state.pt: everything first under other names, then renamed, so that a
     kill leaves the old or the new, never a mixture. Called by all processes."""
     cfg, out, places = run.cfg, Path(run.cfg.out), [run.place] * run.world
     if run.world > 1:
         dist.all_gather_object(places, run.place)
+    weights, averages = whole_states(run)
     if run.rank:
         return
     settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "resume")}
@@ -434,8 +471,8 @@ def checkpoint(run, is_best):
              "train_config": settings} | made_with(cfg.data)
     for name in ["last", "best"] if is_best else ["last"]:
         save_checkpoint(out / name, run.model, run.tokenizer, run.fmt, extra,
-                        getattr(torch, cfg.save_dtype))
-    state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+                        getattr(torch, cfg.save_dtype), weights)
+    state = {"model": weights, "optimizer": averages,
              "step": run.step, "best": run.best, "bad_evals": run.bad_evals, "config": asdict(cfg),
              "world": run.world, "places": places, "dialogues": dialogues_seen(run)}
     write_atomically(out / "state.pt", lambda path: torch.save(state, path))
@@ -499,9 +536,8 @@ def batches(run):
 
 
 def losses_of(network, batch, cfg, bf16, silence_pad=None):
-    """FActor.loss of a batch of data.collate. network: an FActor, or one in
-    DistributedDataParallel. bf16: as Run.bf16."""
-    model = getattr(network, "module", network)
+    """FActor.loss of a batch of data.collate. network, bf16: as of Run."""
+    model = network.module if isinstance(network, DistributedDataParallel) else network
     with torch.autocast(batch["audio"].device.type, torch.bfloat16, enabled=bf16):
         hidden = network(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"],
                          batch["speaker"], batch["prompt_mask"])  # (B, [1+P] + T-1, hidden)
@@ -517,17 +553,23 @@ def train_step(network, optimizer, parts, cfg, bf16=False, silence_pad=None):
     """
     mean = {}
     for i, batch in enumerate(parts):
-        # with several processes, gradients are summed over them once a step, not at every batch
-        last = i == len(parts) - 1 or not isinstance(network, DistributedDataParallel)
-        with nullcontext() if last else network.no_sync():
-            losses = losses_of(network, batch, cfg, bf16, silence_pad)
-            (losses["loss"] / len(parts)).backward()
+        sum_over_processes(network, i == len(parts) - 1)  # once a step, not at every batch
+        losses = losses_of(network, batch, cfg, bf16, silence_pad)
+        (losses["loss"] / len(parts)).backward()
         for name, value in losses.items():
             mean[name] = mean.get(name, 0) + value.detach() / len(parts)
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return mean, norm
+    return mean, norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def sum_over_processes(network, now):
+    """Whether the next backward pass sums gradients over the processes."""
+    if isinstance(network, DistributedDataParallel):
+        network.require_backward_grad_sync = now
+    elif isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
 
 
 def learning_rate(step, cfg):
