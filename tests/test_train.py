@@ -96,19 +96,6 @@ def test_fsdp_gives_the_same_losses(run, tiny_data, tiny, tmp_path):
         assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_compile_goes_on_where_it_cannot(tiny_data, tiny, tmp_path, monkeypatch):
-    """Without a compiler on the machine, compile=true trains as it is: the same losses."""
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", no_compiler)
-    words = [*tiny, f"data={tiny_data}", "limit=6", "steps=2"]
-    train.main([*words, f"out={tmp_path}/plain"])
-    train.main([*words, f"out={tmp_path}/compiled", "compile=true"])
-    assert losses(tmp_path / "plain") == losses(tmp_path / "compiled")
-
-
-def no_compiler(*_, **__):
-    raise RuntimeError("no compiler")
-
-
 @pytest.fixture
 def small_run(tiny, dialogues, tmp_path):
     """A run of two steps on a data set of its own: (words for going on to step 4, data, out)."""
