@@ -113,7 +113,7 @@ def own_speech(audio, speech=None):
     return own
 
 
-def _only_where(mask, stretches, gap=20, shortest=10):
+def _only_where(mask, stretches, gap=30, shortest=10):
     """The parts of stretches (s) in which `mask` (10 ms frames) holds: breaks under `gap` frames
     count as holding, and what then is shorter than `shortest` frames is left out. Borders at which
     it holds stay as they are."""
