@@ -1146,6 +1146,9 @@ def check(settings):
         raise InputError(f"count_on={settings.count_on}: must be speech, words or text")
     if settings.n < 0 or min(settings.merge, settings.interruption, settings.overlap) < 0:
         raise InputError("n, merge, interruption and overlap must be at least 0")
+    if settings.default and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("--default runs in one process; with torchrun, first generate.py n=200, "
+                         "then evaluate.py on its folder")
     if settings.judge:
         load_judge(settings.judge)
     if settings.codec:
