@@ -766,7 +766,8 @@ def perplexity(name, dialogues, settings):
 def probe(settings):
     """Does the count in the prompt count? Prints the expected number of marks, of each kind, that
     the model would set in the same dialogues (the true history at every frame) with the counts 0,
-    1, ... in the prompt: the sum over the frames of the marks' probabilities."""
+    1, ... in the prompt: the sum over the frames of the marks' probabilities. (It may be more than
+    the count: where the history lacks what is asked for, the chance stays, frame after frame.)"""
     model, tokenizer, fmt = load_model(settings.model)
     rows = load_dialogues(settings.data, settings.split)
     rows = rows.select(range(min(settings.n, len(rows))))
