@@ -12,7 +12,6 @@ from conftest import GOLDEN, ROOT, write_split
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import generate
-import memory
 import train
 from codec import MiniCodec, save_minicodec
 from config import InputError
@@ -115,18 +114,3 @@ def test_smollm2_file():
     config = train.AutoConfig.from_pretrained(train.gguf_file(settings["backbone"]).parent,
                                               gguf_file=train.gguf_file(settings["backbone"]).name)
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
-
-
-def test_memory_is_computed(capsys, tmp_path):
-    """Without a GPU: weights, gradients and AdamW's averages are 16 bytes a parameter, activations grow with the frames."""
-    LlamaConfig(vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                intermediate_size=128, tie_word_embeddings=True).save_pretrained(tmp_path)
-    cfg = memory.Config(backbone=str(tmp_path), codebook_size=50, prompt_tokens=5, max_frames=100)
-    parameters = sum(p.numel() for p in memory.random_model(cfg, LlamaConfig.from_pretrained(tmp_path)).parameters())
-    small, large, again = (memory.compute(memory.Config(**vars(cfg) | change), LlamaConfig.from_pretrained(tmp_path))
-                           for change in ({}, {"max_frames": 400}, {"max_frames": 400, "checkpointing": True}))
-    assert small["Parameter"] == 4 * parameters and 8 * parameters <= small["Optstate"] < 8.1 * parameters
-    assert large["Total"] - small["Total"] > 2 * (small["Total"] - 16 * parameters) > 0 and again["Total"] < large["Total"]
-    if not torch.cuda.is_available():
-        memory.main([f"backbone={tmp_path}", "max_frames=10", "prompt_tokens=5"])
-        assert "computed, not measured" in capsys.readouterr().out

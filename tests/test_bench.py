@@ -1,0 +1,64 @@
+"""bench.py: what it computes, and that every part runs."""
+import re
+
+import pytest
+import torch
+from conftest import GOLDEN
+from transformers import LlamaConfig
+
+import bench
+from codec import MiniCodec, save_minicodec
+from config import InputError
+
+SMALL = {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 128, "vocab": 500, "prompt": 5,
+         "codebook_size": 50, "frames": 100, "batch": 1}
+
+
+def test_memory_is_computed(tmp_path):
+    """Without a GPU: weights, gradients and AdamW's averages are 16 bytes a parameter, activations
+    grow with the frames."""
+    cfg = bench.Config(**SMALL)
+    config = bench.backbone_config(cfg)
+    parameters = sum(p.numel() for p in bench.random_model(cfg, config).parameters())
+    small, large, again = (
+        bench.computed_memory(bench.Config(**SMALL | change), config)
+        for change in ({}, {"frames": 400}, {"frames": 400, "checkpointing": True}))
+    assert small["Parameter"] == 4 * parameters
+    assert 8 * parameters <= small["Optstate"] < 8.1 * parameters
+    assert large["Total"] - small["Total"] > 2 * (small["Total"] - 16 * parameters) > 0
+    assert again["Total"] < large["Total"]
+
+
+def test_products_are_counted():
+    """FLOPs of a step as torch counts them, attention apart, which it does not count on a CPU."""
+    cfg = bench.Config(**SMALL)
+    model = bench.random_model(cfg, bench.backbone_config(cfg))
+    batch = bench.random_batch(cfg, 500)
+    with bench.FlopCounterMode(display=False) as counter:
+        bench.train.losses_of(model, batch, bench.train.Config(), False)["loss"].backward()
+    attention = 3 * 2 * 2 * 64 * 2 * 108 * 109 / 2
+    ours = bench.training_flops(model, batch) - attention
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
+def test_every_part_runs(tmp_path, capsys):
+    save_minicodec(MiniCodec([4032], 4, 8, (4, 4), (1, 1), 8, (1, 1)), tmp_path / "c.safetensors")
+    words = [f"{key}={value}" for key, value in SMALL.items()]
+    bench.main([*words, "seconds=0.01", "pairs=1 2", f"model={GOLDEN}/checkpoint",
+                f"codec={tmp_path}/c.safetensors"])
+    printed = capsys.readouterr().out
+    for line in ("CPU, 1 thread", "training, 1 x 108 positions", "computed for bfloat16",
+                 "generation, 2 dialogue", "codec, encode, frame by frame", "codec, decode",
+                 "99th percentile"):
+        assert line in printed, line
+    floors = re.findall(r"floor +([\d.,]+) ", printed)
+    assert len(floors) >= 8 and all(float(number.replace(",", "")) > 0 for number in floors)
+
+
+def test_bad_settings(tmp_path):
+    with pytest.raises(InputError, match="there is no speed; use training, generation"):
+        bench.main(["parts=speed"])
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="its config.json cannot be read"):
+        bench.main([f"backbone={tmp_path}/none"])
