@@ -338,6 +338,10 @@ def bench_codec(cfg, codec, machine):
 def bench_live(cfg, codec, machine):
     """One frame as a live server makes it: encode what was heard, step, decode what is said."""
     model, tokenizer, fmt, _ = load_checkpoint(cfg.model, machine.device, machine.dtype)
+    made_for = model.num_codebooks, model.codebook_size
+    if made_for != (codec.num_codebooks, codec.codebook_size):
+        raise InputError(f"model={cfg.model} is made for {made_for[0]} codebooks of {made_for[1]} "
+                         f"codes, {cfg.codec} has {codec.num_codebooks} of {codec.codebook_size}")
     prompt = " ".join(["word"] * cfg.prompt)
     batch = talkers(model, tokenizer, fmt, 1, prompt, model.speaker_size)
     heard, spoken = codec.streaming(), codec.streaming()

@@ -43,7 +43,7 @@ def test_products_are_counted():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
 def test_every_part_runs(tmp_path, capsys):
-    save_minicodec(MiniCodec([4032], 4, 8, (4, 4), (1, 1), 8, (1, 1)), tmp_path / "c.safetensors")
+    save_minicodec(MiniCodec([64], 4, 8, (4, 4), (1, 1), 8, (1, 1)), tmp_path / "c.safetensors")
     words = [f"{key}={value}" for key, value in SMALL.items()]
     bench.main([*words, "seconds=0.01", "pairs=1 2", f"model={GOLDEN}/checkpoint",
                 f"codec={tmp_path}/c.safetensors"])
