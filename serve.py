@@ -313,12 +313,73 @@ class Seat:
 
     def __init__(self, talk, session):
         codec = talk.codec
-        self.codec = codec.streaming(1)
+        self.stream, self.frames = talk.sound.stream(), 0  # how many it has heard
         self.down, self.up = Resampler(RATE, codec.sample_rate), Resampler(codec.sample_rate, RATE)
         self.words, self.text = Words(talk.tokenizer), collections.deque()
         self.recording = None
         if talk.cfg.record and session.recorded:
             self.recording = Recording(talk, session.wishes)
+
+
+class Sound:
+    """The codec for sessions that are at frames of their own. MiniCodec's layers keep their past in
+    a dict, so the pasts of any sessions go through it together; others go one by one. Together, a
+    session's sound is the same but for rounding."""
+
+    def __init__(self, codec, device):
+        import torch
+        self.torch, self.codec, self.device = torch, codec, device
+        silence = torch.zeros(1, 8 * codec.samples_per_frame, device=device)
+        self.silence = codec.encode(silence)[0][0, :, 4]  # (K,)
+        self.blank = None
+        if hasattr(codec, "analyse"):
+            used = codec.streaming(1)
+            used.decode(used.encode(silence))
+            self.blank = [{layer: torch.zeros_like(past) for layer, past in state.items()}
+                          for state in (used.heard, used.said)]
+
+    def stream(self):
+        """What is kept of one session."""
+        stream = self.codec.streaming(1)
+        if self.blank:
+            stream.heard, stream.said = map(dict, self.blank)
+        return stream
+
+    def encode(self, seats, audio):
+        """audio (B, samples), the next frame of each -> codes (B, K) of the last frame that can be
+        coded by now; silence where there is none yet."""
+        audio = audio.to(self.device)
+        if self.blank:
+            states = [seat.stream.heard for seat in seats]
+            codes = self.together(states, lambda state: self.codec.analyse(audio, state)[1])
+        else:
+            codes = [seat.stream.encode(row[None]) for seat, row in zip(seats, audio)]
+            codes = [found if found.shape[2] else self.silence[None, :, None] for found in codes]
+            codes = self.torch.cat(codes)
+        for seat, found in zip(seats, codes):
+            if seat.frames < seat.stream.lookahead:
+                found[:, 0] = self.silence
+            seat.frames += 1
+        return codes[:, :, 0]
+
+    def decode(self, seats, codes):
+        """codes (B, K), the next frame of each -> audio (B, samples), numpy."""
+        if self.blank:
+            values = self.codec.fsq.decode(codes[:, :, None])
+            states = [seat.stream.said for seat in seats]
+            audio = self.together(states, lambda state: self.codec.synthesise(values, state))
+        else:
+            audio = [seat.stream.decode(row[None, :, None]) for seat, row in zip(seats, codes)]
+            audio = self.torch.cat(audio)
+        return audio.clamp(-1, 1).float().cpu().numpy()
+
+    def together(self, states, call):
+        """call(state) with the rows of `states`, which it renews."""
+        state = {layer: self.torch.cat([one[layer] for one in states]) for layer in states[0]}
+        made = call(state)
+        for row, one in enumerate(states):
+            one.update({layer: past[row:row + 1] for layer, past in state.items()})
+        return made
 
 
 class Talk:
@@ -357,8 +418,7 @@ class Talk:
         most = cfg.slots or cfg.most_slots
         self.talkers = generate.Conversation(self.model, self.tokenizer, self.fmt, most,
                                              MOST_PROMPT + 1, may_end=False)
-        silence = torch.zeros(1, 8 * self.codec.samples_per_frame, device=self.device)
-        self.silence = self.codec.encode(silence)[0][0, :, 4]  # (K,)
+        self.sound = Sound(self.codec, self.device)
 
     @functools.cached_property
     def writer(self):
@@ -423,24 +483,20 @@ class Talk:
                 self.join(session)
         places = [self.rows.index(session) for session in sessions]
         seats = [self.seats[session] for session in sessions]
-        audio = [seat.down(frame) for seat, frame in zip(seats, heard)]
-        user = self.silence.repeat(len(self.rows), 1)  # (B, K)
-        for row, seat, samples in zip(places, seats, audio):
-            codes = seat.codec.encode(self.torch.from_numpy(samples)[None].to(self.device))
-            if codes.shape[2]:
-                user[row] = codes[0, :, 0]
+        audio = np.stack([seat.down(frame) for seat, frame in zip(seats, heard)])
+        user = self.sound.silence.repeat(len(self.rows), 1)  # (B, K)
+        user[places] = self.sound.encode(seats, self.torch.from_numpy(audio))
         waiting = [row for row in range(len(self.rows)) if row not in places]
         said, text = self.talkers.step(user, waiting)
-        answers, words = [], []
-        for row, seat, samples in zip(places, seats, audio):
-            voice = seat.codec.decode(said[row][None, :, None])[0].float().cpu().numpy()
-            answers.append(seat.up(voice))
-            seat.text.append(int(text[row]))
+        voices, text = self.sound.decode(seats, said[places]), text.tolist()
+        words = []
+        for row, seat, samples, voice in zip(places, seats, audio, voices):
+            seat.text.append(text[row])
             number = seat.text.popleft()  # what belongs to the sound of now
             words.append(seat.words.read(number))
             if seat.recording:
                 seat.recording.add(samples, voice, user[row], said[row], number)
-        return answers, words
+        return [seat.up(voice) for seat, voice in zip(seats, voices)], words
 
 
 class Recording:
@@ -455,7 +511,7 @@ class Recording:
         self.stem = Path(talk.cfg.record) / stem
         self.file = open(f"{self.stem}.pcm.tmp", "wb")
         self.voice = np.zeros(talk.codec.samples_per_frame, np.float32)  # heard in the next frame
-        silence = talk.silence.tolist()
+        silence = talk.sound.silence.tolist()
         self.said, self.heard, self.text = [silence], [], []
 
     def add(self, samples, voice, heard, said, number):
@@ -475,7 +531,7 @@ class Recording:
         self.write(np.zeros_like(self.voice))
         self.file.close()
         late = self.talk.codec.streaming(1).lookahead
-        silence = [self.talk.silence.tolist()] * (late + 1)
+        silence = [self.talk.sound.silence.tolist()] * (late + 1)
         job = {"stem": str(self.stem), "model": self.talk.cfg.model, "codec": self.talk.cfg.codec,
                "rate": self.talk.codec.sample_rate, "wishes": self.wishes, "text": self.text,
                "prompt": self.talk.prompt(self.wishes), "sampling": self.talk.sampling,

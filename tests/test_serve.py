@@ -410,8 +410,8 @@ def test_sessions_share_a_batch_and_change_nothing_of_each_other(talk_settings):
         said, words = talk.tick(together, np.stack([frame] * len(together)))
         beside.append((said[together.index(second)], words[together.index(second)]))
     for (said, words), (said_beside, words_beside) in zip(alone, beside):
-        assert np.array_equal(said[0], said_beside) and words[0] == words_beside
-        assert said[0].shape == (FRAME,)
+        assert np.abs(said[0] - said_beside).max() < 1e-5 and words[0] == words_beside
+        assert said_beside.shape == (FRAME,)
 
 
 def test_a_conversation_is_recorded_as_generate_writes_it(talk_settings, tmp_path, monkeypatch):
