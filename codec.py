@@ -980,28 +980,33 @@ def _our_name(nemo_name):
 # Audio files
 
 _SUFFIXES = {  # -> the format of libsndfile that reads it; older versions lack some
-    ".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".ogg": "OGG", ".oga": "OGG", ".opus": "OGG", ".aiff": "AIFF",
-    ".aif": "AIFF", ".aifc": "AIFF", ".au": "AU", ".snd": "AU", ".sph": "NIST", ".nist": "NIST", ".w64": "W64",
-    ".rf64": "RF64", ".caf": "CAF", ".voc": "VOC", ".sf": "IRCAM", ".avr": "AVR", ".paf": "PAF", ".pvf": "PVF"}
-AUDIO_SUFFIXES = tuple(suffix for suffix, form in _SUFFIXES.items() if form in soundfile.available_formats())
+    ".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".ogg": "OGG", ".oga": "OGG", ".opus": "OGG",
+    ".aiff": "AIFF", ".aif": "AIFF", ".aifc": "AIFF", ".au": "AU", ".snd": "AU", ".sph": "NIST",
+    ".nist": "NIST", ".w64": "W64", ".rf64": "RF64", ".caf": "CAF", ".voc": "VOC", ".sf": "IRCAM",
+    ".avr": "AVR", ".paf": "PAF", ".pvf": "PVF"}
+AUDIO_SUFFIXES = tuple(suffix for suffix, form in _SUFFIXES.items()
+                       if form in soundfile.available_formats())
 UNREADABLE_SUFFIXES = (  # recordings too, but not for libsndfile
-    ".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".mkv", ".mov", ".avi", ".amr", ".3gp", ".ac3", ".ape", ".wv", ".ra",
-    ".mpeg", ".mpg", ".m4b", ".gsm", ".raw", ".pcm", ".shn", *(s for s in _SUFFIXES if s not in AUDIO_SUFFIXES))
+    ".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".mkv", ".mov", ".avi", ".amr", ".3gp",
+    ".ac3", ".ape", ".wv", ".ra", ".mpeg", ".mpg", ".m4b", ".gsm", ".raw", ".pcm", ".shn",
+    *(suffix for suffix in _SUFFIXES if suffix not in AUDIO_SUFFIXES))
 
 
 def missing_recording(transcript):
-    """Why the transcript at this path has no recording that can be read, as the end of a sentence."""
+    """Why the transcript at this path has no recording that can be read: a sentence's end."""
     for path in sorted(Path(transcript).parent.iterdir()):
         if path.stem == Path(transcript).stem and path.suffix.lower() in UNREADABLE_SUFFIXES:
             return f"{path.name} lies there, but this kind cannot be read; convert it to wav"
-    return f"has no recording of its name ({Path(transcript).stem}.wav, or another of {', '.join(AUDIO_SUFFIXES[1:6])} ...)"
+    return (f"has no recording of its name ({Path(transcript).stem}.wav, or another of "
+            f"{', '.join(AUDIO_SUFFIXES[1:6])} ...)")
 
 
 def read_audio(path, channels=None, sample_rate=22050):
-    """An audio file (any of AUDIO_SUFFIXES) -> float32 tensor (channels, samples), resampled to `sample_rate` (Hz).
+    """An audio file (any of AUDIO_SUFFIXES) -> float32 tensor (channels, samples), resampled to
+    `sample_rate` (Hz).
 
-    `channels`: how many it must have, None for any. Raises InputError on a file that is missing, not audio, cut off,
-    empty, or of another number of channels.
+    `channels`: how many it must have, None for any. Raises InputError on a file that is missing,
+    not audio, cut off, empty, or of another number of channels.
     """
     path = Path(path)
     if not path.is_file():
@@ -1009,26 +1014,31 @@ def read_audio(path, channels=None, sample_rate=22050):
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
     except (soundfile.SoundFileError, OSError) as e:
-        unknown = path.suffix.lower() in UNREADABLE_SUFFIXES
-        todo = "this kind cannot be read; convert it to wav" if unknown else "give a whole wav, flac, ogg or mp3 file"
+        todo = "give a whole wav, flac, ogg or mp3 file"
+        if path.suffix.lower() in UNREADABLE_SUFFIXES:
+            todo = "this kind cannot be read; convert it to wav"
         raise InputError(f"{path}: cannot be read as audio ({_brief(e)}); {todo}") from e
     if len(audio) == 0:
         raise InputError(f"{path}: empty, it has no samples; record or export it again")
     if channels is not None and audio.shape[1] != channels:
-        found, wanted = ({1: "mono", 2: "stereo"}.get(n, f"of {n} channels") for n in (audio.shape[1], channels))
-        todo = "give one channel of it" if channels == 1 else "give a file with each speaker on a channel of their own"
+        found, wanted = ({1: "mono", 2: "stereo"}.get(n, f"of {n} channels")
+                         for n in (audio.shape[1], channels))
+        todo = "give a file with each speaker on a channel of their own"
+        if channels == 1:
+            todo = "give one channel of it"
         raise InputError(f"{path}: is {found}, must be {wanted}; {todo}")
     if rate < 8000:
         raise InputError(f"{path}: sampled at {rate} Hz, too low for speech; needs 8000 Hz or more "
                          f"({sample_rate} Hz is best)")
     audio = np.ascontiguousarray(audio.T)  # (channels, samples)
     if not np.isfinite(audio.sum(axis=1)).all():
-        raise InputError(f"{path}: holds samples that are not numbers (NaN or infinite); export it again")
+        raise InputError(f"{path}: holds samples that are not numbers (NaN or infinite); export it "
+                         "again")
     return torch.from_numpy(resample(audio, rate, sample_rate))
 
 
 def resample(audio, rate, new_rate):
-    """numpy (..., N) at `rate` -> (..., M) float32 at `new_rate`, row by row: long recordings need no second copy."""
+    """numpy (C, N) at `rate` -> (C, M) float32 at `new_rate`; row by row, to save memory."""
     if rate == new_rate:
         return audio
     g = math.gcd(rate, new_rate)
@@ -1036,11 +1046,13 @@ def resample(audio, rate, new_rate):
 
 
 def set_level(audio, sample_rate, level):
-    """Brings each channel's speech to `level` dB of full scale, in place: codecs and models know one loudness, and 20 dB
-    below it give other codes. audio (channels, samples) tensor; level 0 leaves it. Returns audio.
+    """Brings each channel's speech to `level` dB of full scale, in place: codecs and models know
+    one loudness, and 20 dB below it give other codes. audio (channels, samples) tensor; level 0
+    leaves it. Returns audio.
 
-    Speech: the 20 ms frames within 15 dB of the loudest hundredth, at least half a second; so what leaks from the other
-    channel hardly counts. Nothing is raised by more than 40 dB or so far that it clips; silence stays.
+    Speech: the 20 ms frames within 15 dB of the loudest hundredth, at least half a second; so what
+    leaks from the other channel hardly counts. Nothing is raised by more than 40 dB or so far that
+    it clips; silence stays.
     """
     size = sample_rate // 50
     for channel in audio if level else []:
@@ -1056,18 +1068,22 @@ def set_level(audio, sample_rate, level):
 
 
 def write_audio(path, audio, sample_rate):
-    """Writes audio (channels, samples), float in [-1, 1] (louder is clipped), as the format of the path's suffix.
+    """Writes audio (channels, samples), float in [-1, 1] (louder is clipped), as the format of the
+    path's suffix.
 
-    Atomic: the file appears whole or not at all. Raises InputError on an unknown suffix or a place it cannot write to.
+    Atomic: the file appears whole or not at all. Raises InputError on an unknown suffix or a place
+    it cannot write to.
     """
     path, audio = Path(path), torch.as_tensor(audio)
-    if path.suffix.lower() not in AUDIO_SUFFIXES:
-        raise InputError(f"{path}: cannot write audio of this kind; end the name in .wav, .flac or .mp3")
+    suffix = path.suffix.lower()
+    if suffix not in AUDIO_SUFFIXES:
+        raise InputError(f"{path}: cannot write audio of this kind; end the name in .wav, .flac or "
+                         ".mp3")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(temporary, audio.detach().cpu().float().numpy().T, sample_rate,
-                        format=_SUFFIXES[path.suffix.lower()], subtype="OPUS" if path.suffix.lower() == ".opus" else None)
+                        format=_SUFFIXES[suffix], subtype="OPUS" if suffix == ".opus" else None)
         os.replace(temporary, path)
     except (soundfile.SoundFileError, OSError) as e:
         if temporary.is_file():
