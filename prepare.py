@@ -16,7 +16,8 @@ recording:
                 given, else from the order of the text alone. Both are tested against the sound
     events      backchannels and interruptions as the transcript marks them; counted by turns.py in
                 one that marks none
-    pieces      a recording longer than max_frames is cut at pauses into dialogues of their own
+    pieces      a recording longer than max_frames (give the one that train.py is to have) is cut at
+                pauses into dialogues of their own
     codes       both channels through the codec: dsu_c1_path, dsu_c2_path, K lists of T ids
     embeddings  of each speaker's first five seconds of speech (paper 2): spk_emb_c1, spk_emb_c2
     narratives  new_narrative_s1/s2 kept where given, else by a plain rule: rewrite.from_the_side_of
