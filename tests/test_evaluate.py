@@ -463,10 +463,8 @@ def test_default(tmp_path, stub, capsys, monkeypatch):
         and "reference=corpus gives both rows" in capsys.readouterr().out
     )
     names = list(rows_of(tmp_path / "out"))
-    assert (
-        names[0] == "default/data after the codec (n=1)"
-        and names[2] == f"{tmp_path / 'out'}/dialogues (n=1)"
-    )
+    assert names[0].startswith("default/data") and names[0].endswith(" after the codec (n=1)")
+    assert names[2] == f"{tmp_path / 'out'}/dialogues (n=1)"
 
 
 @pytest.fixture
