@@ -1,0 +1,150 @@
+"""web/index.html in a real browser: Debian's chromium without a screen, with a recording as its
+microphone. Needs `apt-get install chromium` and `pip install playwright`."""
+import asyncio
+import shutil
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sphn", reason="needs requirements-live.txt")
+test_utils = pytest.importorskip("aiohttp.test_utils", reason="needs requirements-live.txt")
+playwright = pytest.importorskip("playwright.async_api", reason="needs playwright")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+
+import serve  # noqa: E402  behind what it needs
+from ogg import FRAME, RATE  # noqa: E402
+
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+
+
+class Talking(serve.Echo):
+    """Says what it hears, and a word every half second."""
+
+    voices = ["one", "two"]
+    frames = 0
+
+    def tick(self, sessions, heard):
+        self.frames += 1
+        words = [("[BC]", " mhm")] if self.frames % 6 == 0 else []
+        return heard, [words for _ in sessions]
+
+
+def start(port=None, **settings):
+    cfg = serve.Config(mode="echo", **settings)
+    return test_utils.TestServer(serve.make_app(cfg, Talking(cfg), cfg.slots or 4), port=port)
+
+
+def browse(visit, microphone):
+    """`await visit(open)`, where open(address) gives a page of a browser that hears this file."""
+    async def both():
+        async with playwright.async_playwright() as library:
+            flags = [*FLAGS, f"--use-file-for-fake-audio-capture={microphone}"]
+            browser = await library.chromium.launch(executable_path=CHROMIUM, args=flags)
+
+            async def open_page(server, query=""):
+                page = await browser.new_page()
+                page.on("pageerror", lambda e: page.errors.append(str(e)))
+                page.errors = []
+                await page.goto(f"http://localhost:{server.port}/{query}")
+                await until(page, "document.querySelector('[name=voice]').length == 2")
+                return page
+            await visit(open_page)
+            await browser.close()
+    asyncio.run(asyncio.wait_for(both(), 120))
+
+
+@pytest.fixture
+def tone(tmp_path):
+    import soundfile
+    audio = 0.3 * np.sin(2 * np.pi * 300 * np.arange(RATE * 5) / RATE)
+    soundfile.write(tmp_path / "tone.wav", audio, RATE)
+    return tmp_path / "tone.wav"
+
+
+async def until(page, condition):
+    """Waits for a condition in JavaScript; playwright's way needs eval, which the page forbids."""
+    for _ in range(300):
+        if await page.evaluate(condition):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"not in 30 s: {condition}; {await page.inner_text('#status')}")
+
+
+async def frames(page, number, side=0):
+    """Waits until so many frames have come."""
+    await until(page, f"window.talk && talk.frames[{side}].length >= {number}")
+
+
+async def loudest(page, side):
+    return await page.evaluate(
+        f"Math.max(...talk.frames[{side}].flatMap(frame => [...frame]).map(Math.abs)) / 32767")
+
+
+def test_two_tabs_talk_and_come_back_when_the_server_restarts(tone):
+    async def visit(open_page):
+        server = start()
+        await server.start_server()
+        pages = [await open_page(server), await open_page(server)]
+        for page in pages:
+            await page.focus("#start")
+            await page.keyboard.press("Enter")
+        for page in pages:
+            await frames(page, 25)
+            assert await loudest(page, 0) > 0.2  # the microphone, there and back
+            words = await page.evaluate("talk.words[0].map(word => word.mark + word.text)")
+            assert words and set(words) == {"[BC]mhm"}
+            assert "mhm" in await page.inner_text("#said")
+            assert "connected" in await page.inner_text("#status")
+            assert 0 < await page.evaluate("talk.latency.server") < 2000
+        port = server.port
+        await pages[1].close()
+        await server.close()
+        await until(pages[0], "document.querySelector('#status').className == 'bad'")
+        before = await pages[0].evaluate("talk.frames[0].length")
+        async with start(port):
+            await frames(pages[0], before + 25)
+            assert "connected" in await pages[0].inner_text("#status")
+            await pages[0].click("#stop")
+            async with pages[0].expect_download() as download:
+                await pages[0].click("#wav")
+            import soundfile
+            audio, rate = soundfile.read(await (await download.value).path())
+            assert rate == RATE and audio.shape[1] == 2 and len(audio) >= 50 * FRAME
+            assert not pages[0].errors
+    browse(visit, tone)
+
+
+@pytest.mark.parametrize("form", ["pcm", "opus"])
+def test_without_a_microphone(tone, form):
+    async def visit(open_page):
+        async with start() as server:
+            page = await open_page(server, f"?format={form}")
+            await page.check("[value=file]")
+            await page.set_input_files("#file", str(tone))
+            await page.click("#start")
+            await frames(page, 25)
+            assert await loudest(page, 0) > 0.2 and await loudest(page, 1) > 0.2
+            assert await page.evaluate("talk.wishes[0].format") == form
+            await page.click("#stop")
+            await page.check("[value=two]")
+            await page.click("#start")
+            await until(page, "talk.what == 'two' && talk.words[1].length > 2")
+            assert await page.evaluate("talk.wishes[1].voice") == "two" and not page.errors
+    browse(visit, tone)
+
+
+def test_a_full_server_is_said(tone):
+    async def visit(open_page):
+        async with start(slots=1, queue=1) as server:
+            pages = [await open_page(server) for _ in range(3)]
+            for page in pages:
+                await page.click("#start")
+                await until(page, "!/connecting|^$/.test(document.querySelector('#status')"
+                            ".textContent)")
+            said = [await page.inner_text("#status") for page in pages]
+            assert "connected" in said[0] and "number 1 in the queue" in said[1]
+            assert "the queue are full" in said[2]
+    browse(visit, tone)
