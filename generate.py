@@ -28,7 +28,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from codec import fingerprint, load_codec, read_audio, set_level, write_audio
+from codec import (
+    encode_in_pieces,
+    fingerprint,
+    load_codec,
+    read_audio,
+    set_level,
+    write_audio,
+)
 from config import InputError, load_settings, read_text, use_threads, write_atomically
 from data import (
     EXTRA_TOKENS,
@@ -797,7 +804,7 @@ def read_user(cfg, codec, fmt, device):
                          "user_channel=0 or 1")
     audio = set_level(audio[max(cfg.user_channel, 0)][None], codec.sample_rate, cfg.level)
     audio = F.pad(audio, (0, int(cfg.listen * codec.sample_rate)))  # (1, samples)
-    codes = codec.encode(audio.to(device))[0][0].cpu()  # (K, T)
+    codes = encode_in_pieces(codec, audio.to(device))[0].cpu()  # (K, T)
     if codes.shape[1] > fmt.max_frames:
         print(f"note: {cfg.user} has {codes.shape[1]} frames, more than the {fmt.max_frames} that "
               f"{cfg.model} was trained on: it looks back at the last {fmt.max_frames} of them",
