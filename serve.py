@@ -88,12 +88,13 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 # What a client may ask for
 
-DEFAULTS = {"name": "Anna", "other": "Ben", "backchannels": 2, "interruptions": 0, "starts": False,
-            "narrative": "You and a friend talk about what you did at the weekend.", "seed": None,
+DEFAULTS = {"name": "Molly", "other": "Henry", "backchannels": 2, "interruptions": 0,
+            "narrative": "You had a new job as a driver in Boston. Henry was happy for you.",
+            "starts": True, "seed": None,
             "text_temperature": None, "audio_temperature": None, "text_topk": None,
             "audio_topk": None, "voice": "", "format": "ogg", "events": False}  # None: the model's
 LIMITS = {"name": 40, "other": 40, "narrative": 1000, "backchannels": (0, 40),
-          "interruptions": (0, 20), "seed": (0, 2 ** 63 - 1), "text_temperature": (0, 2),
+          "interruptions": (0, 20), "seed": (0, 2 ** 53), "text_temperature": (0, 2),
           "audio_temperature": (0, 2), "text_topk": (0, 100000), "audio_topk": (0, 100000)}
 # what PersonaPlex's and Moshi's clients call ours, and what they send that means nothing here
 ALIASES = {"text_prompt": "narrative", "voice_prompt": "voice", "text_seed": "seed"}
@@ -411,7 +412,12 @@ class Talk:
         self.encoder = generate.check_parts(parts, self.model, self.codec, trained)
         self.sampling = generate.sampling_of(parts, trained)
         self.embeddings = generate.read_json(cfg.voices, "prepare.py writes such a file")
-        self.voices = sorted(self.embeddings)
+        self.voices, size = sorted(self.embeddings), self.model.speaker_size
+        wrong = [name for name in self.voices if size and len(self.embeddings[name]) != size]
+        if wrong or not self.voices:
+            found = f"voice {wrong[0]} is not one" if wrong else "holds no voice"
+            raise InputError(f"{cfg.voices}: {found} of {size} numbers, which {cfg.model} takes; "
+                             "give the voices of its training data")
         self.rows, self.seats = [], {}  # sessions in the order of the batch's rows; session -> Seat
         self.prefix = functools.lru_cache(64)(self.read_prefix)
         self.loop_tokenizer = copy.deepcopy(self.tokenizer)  # one for each thread
