@@ -282,7 +282,9 @@ def load_checkpoint(source, device="cpu", dtype=torch.float32):
                for name, tensor in tensors.items()}
     fill(model, tensors, backbone_config.tie_word_embeddings, source)
     fmt = dataclasses.replace(stored_format(settings), codebook_size=codebook_size)
-    return model.to(device, dtype).eval(), tokenizer, fmt, settings
+    for parameter in model.parameters():  # not the rotary frequencies: rounded to 16 bits, they
+        parameter.data = parameter.data.to(dtype)  # would turn a position of 1,000 by radians
+    return model.to(device).eval(), tokenizer, fmt, settings
 
 
 def read_checkpoint(source):

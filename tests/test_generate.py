@@ -358,6 +358,16 @@ def test_a_frame_costs_the_same_for_ever():
     assert sizes[0] == sizes[1]
 
 
+def test_positions_stay_exact_in_16_bits():
+    model, tokenizer, fmt, _ = load_checkpoint(GOLDEN / "checkpoint", dtype=torch.bfloat16)
+    assert model.dsu_head.weight.dtype == torch.bfloat16
+    assert model.backbone.model.rotary_emb.inv_freq.dtype == torch.float32
+    batch = Conversation(model, tokenizer, fmt, 1, 12, may_end=False)
+    prefix = read_prefix(model, tokenizer, ["hello"], torch.zeros(1, model.speaker_size).bfloat16())
+    batch.join(prefix, Sampler([0]))
+    batch.step(batch.said)
+
+
 def test_prompts_beyond_the_positions_are_refused():
     with pytest.raises(InputError, match="a prompt of 30 tokens: the model has 20 positions"):
         read_prefix(tiny_model(positions=20), Words(), ["x" * 30], SPEAKERS[:1])
