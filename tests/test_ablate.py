@@ -31,8 +31,8 @@ def words(tmp_path, tiny, tiny_data, monkeypatch):
     monkeypatch.setattr(generate, "main", made.append)
     monkeypatch.setattr(evaluate, "main", score)
     monkeypatch.setattr(evaluate, "draw_table", lambda lines, title, path: path.touch())
-    return made, scored, [f"config={tmp_path}/tiny.yaml", f"data={tiny_data}", f"out={tmp_path}/out",
-                   "steps=2", "n=3"]
+    settings = [f"config={tmp_path}/tiny.yaml", f"data={tiny_data}", f"out={tmp_path}/out"]
+    return made, scored, [*settings, "steps=2", "n=3"]
 
 
 def test_rows_are_made_once(words, tmp_path):
