@@ -4,7 +4,8 @@ prepare.py (paper 6.1).
 `align` fills in a dialogue's missing words. Given its segments' times, each is aligned inside its
 own; given only their order, a speaker's whole text is aligned to the channel, in which silence is
 cut short (`place`). `misfit` then tests what the alignment says, or who gave the times, against
-the sound. English only. Needs requirements-corpus.txt. """
+the sound. English only. Needs requirements-corpus.txt.
+"""
 import functools
 import re
 import unicodedata
@@ -158,7 +159,8 @@ def place(texts, audio, speech):
     text is aligned to the audio with long silences cut short. Its first or last word may then
     stand across a silence, beside the neighbouring segment; so each stretch is given to the
     segment that has most of it, and a segment with words far from its stretches is aligned again,
-    to them alone. """
+    to them alone.
+    """
     # what leaks of the other speaker beside the stretches is no word of this one
     audio = np.where(within(speech, len(audio), RATE, 0.1), audio, np.float32(0.1) * audio)
     pieces = shorten(speech, len(audio) / RATE)
@@ -205,7 +207,8 @@ def align(row, audio, speech=None):
     Returns a report: words, found, foreign (words that cannot be spelt), unfound (segments that
     lack some), by_order (channels aligned by the order of their text alone), and starts, ends: how
     far the aligned segments' first word's start and last word's end are from the nearest border of
-    speech, in seconds. """
+    speech, in seconds.
+    """
     report = {"words": 0, "found": 0, "foreign": 0, "unfound": [], "by_order": [], "starts": [],
               "ends": []}
     speech = own_speech(audio) if speech is None else speech
@@ -265,7 +268,8 @@ def misfit(row, speech, by_order=()):
 
     speech: each speaker's own stretches, of `own_speech`. by_order: the channels whose times come
     from the order of the text alone, which is tested more strictly: what the transcript lacks
-    moves the rest. """
+    moves the rest.
+    """
     words = [[{"word": "", "start": w["start"], "end": end_of(w)} for part in segments(row, c)
               for w in part["words"]] for c in (0, 1)]
     claimed = merge_words(words)  # pauses inside a turn are claimed too

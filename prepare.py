@@ -26,7 +26,8 @@ Out: OUT/SPLIT-00000-of-0000N.parquet, info.json (codec, encoder, counts, words 
 voices.json (voice -> embedding), dropped.jsonl (dialogues that cannot be used, and why; one never
 stops the run). Shards that exist are skipped: the same command resumes a run that was cut off.
 With N ranks (RANK and WORLD_SIZE in the environment) each makes every N-th shard, and rank 0 the
-rest of the files when all shards are there. """
+rest of the files when all shards are there.
+"""
 import collections
 import contextlib
 import dataclasses
@@ -117,7 +118,8 @@ def read_dialogue(path):
 
     Utterances are sorted by start_time where all have one; marks of noise ([laughter]) are taken
     out. Raises InputError, with the path, on a file that is no JSON of a dialogue, or on values
-    that cannot be. """
+    that cannot be.
+    """
     notes = {"tags": 0, "only_tags": 0}
     try:
         raw = json.loads(read_text(path))
@@ -196,7 +198,8 @@ def read_segment(raw, where, notes):
     """An utterance or backchannel -> dict of SEGMENT's keys, or None if it holds noise alone.
 
     Times that are missing are None, missing words []. Raises InputError on times that are no
-    seconds. """
+    seconds.
+    """
     text, words = raw["tts_text"], []
     for word in raw.get("words") or []:
         if strip_tags(tidy(word["word"])):
@@ -334,7 +337,8 @@ def cut(row, most):
     is one.
 
     Of a pause longer than twice MARGIN the middle is left out. Raises InputError where nobody
-    pauses. """
+    pauses.
+    """
     parts = [part for c in (0, 1) for part in segments(row, c)]
     last = max(part["end_time"] for part in parts) + TAIL
     if not most or last <= most:

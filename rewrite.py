@@ -10,7 +10,8 @@ instead of its instruction. DIR is a folder of SPLIT-*.parquet in the released c
 prepare.py, or downloaded). DIR2 gets the same files with new new_narrative_s1, new_narrative_s2,
 and rewritten.jsonl: a line for what was asked, then one per narrative and side. It is the report,
 and what the same command goes on from after a cut. A result that fails `flaw` after all tries is
-not used: the narrative that DIR has stays, and is listed. """
+not used: the narrative that DIR has stays, and is listed.
+"""
 import json
 import re
 import shutil

@@ -369,7 +369,7 @@ def test_utterances_are_sorted_by_time(tmp_path, make, capsys):
     assert "1 of 1 transcripts list their utterances in another order" in capsys.readouterr().out
 
 
-def test_byte_order_mark_spaces_and_form_of_names(tmp_path, make):
+def test_byte_order_mark_spaces_in_names_and_brackets_in_paths(tmp_path, make):
     def change(info):
         info["speakers"] = [" Dave", "Peter "]
         info["utterances"][0]["words"][0]["word"] = " Oh "
@@ -377,8 +377,8 @@ def test_byte_order_mark_spaces_and_form_of_names(tmp_path, make):
     put(tmp_path / "raw [v1]", "a*b", change)
     path = tmp_path / "raw [v1]" / "a*b.json"
     path.write_text(path.read_text(), encoding="utf-8-sig")
-    make(f"raw={tmp_path}/raw [v1]", f"out={tmp_path}/out")
-    (row,) = rows_of(tmp_path / "out")
+    make(f"raw={tmp_path}/raw [v1]", f"out={tmp_path}/out [v1]")
+    (row,) = rows_of(tmp_path / "out [v1]")
     assert row["speakers"] == ["Dave", "Peter"] and row["utterances"][0]["words"][0]["word"] == "Oh"
 
 
