@@ -295,6 +295,8 @@ def wrong_place(row, own, said):
     talks = [c for c in (0, 1) if said[c].sum() >= least]
     shares = {c: share(said[c], own[c]) for c in talks}
     crossed = [share(said[c], own[1 - c]) for c in talks]
+    if not any(mask.any() for mask in own):
+        return "neither channel has speech of its own: both are silent, or hold the same sound"
     shift, gain, fit = best_shift(own, said)
     worst = min(shares, key=shares.get)
     if shares[worst] < VOICED and min(crossed) > VOICED:
