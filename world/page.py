@@ -154,7 +154,8 @@ def timeline(speakers, events, audio):
                      f'"{(event["end"] - event["start"]) * SECOND:.0f}" height="{LANE - 4}">'
                      f'<title>{event["label"]}: {html.escape(event["text"])}</title></rect>')
     for side, speaker in enumerate(speakers):
-        base = side * LANE
+        base, name = side * LANE, html.escape(speaker["name"])
+        parts.append(f'<text class="s" x="4" y="{base + LANE - 6}">{name}</text>')
         parts.append(f'<polygon class="s{side}" points="{loudness(audio[side], base + 54)}"/>')
         for i, word in enumerate(speaker["words"]):
             parts.append(f'<text x="{word["start"] * SECOND:.0f}" y="{base + 15 + 13 * (i % 2)}">'
