@@ -15,6 +15,7 @@ size loads. Left out, since inference needs none of it: the discriminators, the 
 norm (folded at loading).
 """
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -755,6 +756,12 @@ class MimiStream(Stream):
 
     REACH = 16  # of 40 ms; the convolutions of the released model reach 12 back
 
+    def __init__(self, codec, rows, lookahead):
+        # transformers renamed the arguments in 5.24
+        known = inspect.signature(codec.model.encode).parameters
+        self.cache = "cache" if "encoder_cache" in known else "past_key_values"
+        super().__init__(codec, rows, lookahead)
+
     def reset(self, row=None):
         super().reset(row)
         new = {"encoder": None, "padding": None, "decoder": None, "latent": None, "hidden": None}
@@ -769,8 +776,9 @@ class MimiStream(Stream):
         for row, state in zip(audio, self.states):
             found = self.codec.model.encode(
                 row[None, None], num_quantizers=self.codec.num_codebooks, use_streaming=True,
-                encoder_cache=state["encoder"], padding_cache=state["padding"])
-            state["encoder"], state["padding"] = found.encoder_cache, found.padding_cache
+                padding_cache=state["padding"], **{f"encoder_{self.cache}": state["encoder"]})
+            state["encoder"] = getattr(found, f"encoder_{self.cache}")
+            state["padding"] = found.padding_cache
             codes.append(found.audio_codes)  # (1, K, T)
         return torch.cat(codes)
 
@@ -789,11 +797,12 @@ class MimiStream(Stream):
         known = latents if state["latent"] is None else torch.cat([state["latent"], latents], 2)
         steps = latents.shape[2] * decoder.config.latent_stride
         hidden = decoder.upsample(known)[:, :, -steps:].transpose(1, 2)  # (1, 2T, channels), 25 Hz
-        found = decoder.decoder_transformer(hidden, cache=state["decoder"], use_cache=True)
+        found = decoder.decoder_transformer(hidden, use_cache=True,
+                                            **{self.cache: state["decoder"]})
         hidden = found.last_hidden_state
         known = hidden if state["hidden"] is None else torch.cat([state["hidden"], hidden], 1)
         audio = decoder.decoder_seanet(known.transpose(1, 2))[:, 0]
-        state |= {"latent": latents[:, :, -1:], "decoder": found.cache,
+        state |= {"latent": latents[:, :, -1:], "decoder": found[self.cache],
                   "hidden": known[:, -self.REACH:]}
         return audio[:, -codes.shape[2] * self.codec.samples_per_frame:].clamp(-1, 1)
 

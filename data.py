@@ -513,7 +513,7 @@ class Dialogues(torch.utils.data.Dataset):
         if none can be used."""
         self.kept, self.lengths, self.dropped = [], [], []
         self.seconds = self.seconds_used = self.marked = 0
-        for dialogue in dialogues.take(limit) if limit else dialogues:
+        for dialogue in itertools.islice(dialogues, limit or None):
             try:
                 self.keep(dialogue, both_sides(dialogue, tokenizer, fmt), fmt)
             except InputError as e:
