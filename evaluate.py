@@ -469,7 +469,7 @@ def score(dialogue, heard, rng, settings):
     words = [said(channel, speaker, settings) for channel, speaker in zip(channels, speakers)]
     segments = label_segments(merge_words(words, settings.merge, settings.overlap),
                               settings.interruption)
-    figures = (score_words(speakers, channels) | score_start(speakers, channels, rng)
+    figures = (score_words(speakers, channels) | score_start(speakers, channels, words, rng)
                | score_voices(speakers, channels) | score_events(dialogue, segments)
                | score_text(dialogue, settings)
                | turn_taking([channel["speech"] for channel in channels], heard["duration"]))
@@ -520,11 +520,13 @@ def score_words(speakers, channels):
     return figures
 
 
-def score_start(speakers, channels, rng):
-    """Whether the first word is that of the speaker who is to start."""
+def score_start(speakers, channels, words, rng):
+    """Whether the speaker who is to start does. words: of `said`, for a short greeting may be voiced
+    but not recognised; who is recognised nowhere says nothing."""
     if not any(speaker.get("starts") for speaker in speakers):
         return {}
-    begins = [channel["words"][0]["start"] if channel["words"] else np.inf for channel in channels]
+    begins = [min(word["start"] for word in own) if own and channel["words"] else np.inf
+              for own, channel in zip(words, channels)]
     starter, spoken = int(begins[1] < begins[0]), min(begins) < np.inf
     return {"correct_start": 100.0 * (spoken and bool(speakers[starter].get("starts"))),
             "bottom_correct_start": 100.0 * (spoken and rng.integers(2) == starter)}

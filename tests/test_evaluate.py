@@ -237,6 +237,9 @@ def test_scores_can_fail():
         1,
         3,
     )
+    greeting = heard(0.5, "ab")  # the first stretch is not understood
+    greeting["channels"][0]["speech"].insert(0, [0.2, 0.6])
+    assert score(greeting)[0]["correct_start"] == 100
     mute, transcript = score(heard(0, "ab", silent=[0, 1]))
     assert (mute["wer"], mute["correct_start"], mute["bottom_correct_start"]) == (
         100,
