@@ -521,8 +521,8 @@ def score_words(speakers, channels):
 
 
 def score_start(speakers, channels, words, rng):
-    """Whether the speaker who is to start does. words: of `said`, for a short greeting may be voiced
-    but not recognised; who is recognised nowhere says nothing."""
+    """Whether the speaker who is to start does. words: of `said`, for a short greeting may be
+    voiced but not recognised; who is recognised nowhere says nothing."""
     if not any(speaker.get("starts") for speaker in speakers):
         return {}
     begins = [min(word["start"] for word in own) if own and channel["words"] else np.inf
