@@ -985,7 +985,7 @@ def _our_name(nemo_name):
     return name.replace(".res_blocks.", ".")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Audio files
 
 _SUFFIXES = {  # -> the format of libsndfile that reads it; older versions lack some

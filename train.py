@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=N train.py configs/nano.yaml [key=value ...]
 
 A row of the paper's tables is its best row and what differs:
-    python train.py configs/factor.yaml configs/paper/delay1.yaml
+    python train.py configs/factor.yaml configs/paper/word_delay1.yaml
 Writes to `out`: best/ and last/ (checkpoints in the released layout), state.pt (all that
 `resume=true` needs), log.csv.
 """
@@ -95,6 +95,7 @@ class Config:
     checkpointing: bool = False  # compute activations again: less memory, slower by a third
     compile: bool = False  # by torch.compile; what it cannot compile runs as it is
     fsdp: bool = False  # split weights, gradients and averages over the processes (torchrun)
+    cpu_bf16: bool = False  # bfloat16 on a CPU too: faster where it has AVX512_BF16
     threads: int = 0  # on a CPU; 0: its cores where nothing else runs at the start, else one
     eval_every: int = 500  # steps between evaluations, each of which also writes last/ and state.pt
     save_dtype: str = "float32"  # of best/ and last/: float32 | bfloat16
@@ -136,7 +137,9 @@ class Run:
     def bf16(self):
         """Whether matrix products are computed in bfloat16 (paper table 5); weights, gradients and
         AdamW's averages stay in float32."""
-        return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported()
+        return self.cfg.cpu_bf16
 
     def say(self, text):
         if self.rank == 0:
@@ -682,7 +685,8 @@ def perplexity_columns(losses):
 def perplexities(row, prefix=""):
     """The perplexities of a row of log.csv, as they are printed."""
     audio, user = row[f"{prefix}ppl_audio_system"], row[f"{prefix}ppl_audio_user"]
-    return f"ppl audio {audio:.1f} (user {user:.1f}) text {row[f'{prefix}ppl_text']:.2f}"
+    heard = "" if math.isnan(user) else f" (user {user:.1f})"  # user_weight=0: not computed
+    return f"ppl audio {audio:.1f}{heard} text {row[f'{prefix}ppl_text']:.2f}"
 
 
 def end(code):

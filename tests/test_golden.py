@@ -191,8 +191,10 @@ def test_command_prepare(tmp_path, monkeypatch):
     """`prepare.py codec=` the golden codec: a recording of the golden audio becomes the golden
     codes."""
     expected, codec = load_file(GOLDEN / "codec.safetensors"), load_codec(GOLDEN / "codec.nemo")
-    stand_in = (lambda audio: audio[:8]), 8
-    monkeypatch.setattr(prepare, "speaker_encoder", lambda name, device: stand_in)
+    # the sound is no speech: it has no voice, no level of speech, and words fit it nowhere
+    monkeypatch.setattr(prepare, "speaker_encoder", lambda *_: (None, 8))
+    monkeypatch.setattr(prepare, "embed", lambda *_: [0.1] * 8)
+    monkeypatch.setattr(prepare, "misfit", lambda *_: ("", 0))
     seconds = len(expected["audio_in"]) / codec.sample_rate
     turns = ("Ann", 0.1, seconds / 2), ("Bob", seconds / 2 + 0.1, seconds)
     said = [{"uttr_idx": i, "uttr_type": None, "speaker_idx": i, "speaker": name, "tts_text": "yes",
@@ -209,7 +211,7 @@ def test_command_prepare(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "raw" / "train" / "a.wav", stereo, codec.sample_rate,
                     subtype="FLOAT")
     prepare.main([f"raw={tmp_path}/raw", f"out={tmp_path}/out", f"codec={GOLDEN}/codec.nemo",
-                  "workers=1"])
+                  "level=0", "workers=1"])
     (row,) = train.load_dialogues(tmp_path / "out", "train")
     for key in ("dsu_c1_path", "dsu_c2_path"):
         assert row[key] == expected["codes"].tolist()

@@ -109,6 +109,7 @@ def test_from_recordings_to_speech(tmp_path, tiny, monkeypatch, changes):
     mimi = save_mimi(tmp_path / "mimi", changes)
     monkeypatch.setattr(prepare, "embed", lambda *_: [0.1, 0.2])
     monkeypatch.setattr(prepare, "speaker_encoder", lambda *_: (None, 2))
+    monkeypatch.setattr(prepare, "misfit", lambda *_: ("", 0))  # the sound is noise, not speech
     put_dialogue(tmp_path / "raw")
     prepare.main([f"raw={tmp_path}/raw", f"out={tmp_path}/data", f"codec={mimi}", "workers=1",
                   "speaker_encoder=x/ecapa_tdnn.nemo"])

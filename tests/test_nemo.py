@@ -132,7 +132,8 @@ def test_parakeet(nemo, tmp_path):
 def test_what_cannot_be_loaded(nemo, tmp_path):
     (tmp_path / "broken.nemo").write_bytes(b"no archive")
     for load in (lambda: speaker_encoder(str(tmp_path / "broken.nemo")),
-                 lambda: recognise(np.zeros(RATE, np.float32), [(0, 1)], str(tmp_path / "broken.nemo"))):
+                 lambda: recognise(np.zeros(RATE, np.float32), [(0, 1)],
+                                   str(tmp_path / "broken.nemo"))):
         with pytest.raises(InputError, match="broken.nemo: NeMo cannot load it") as error:
             load()
         assert "\n" not in str(error.value)

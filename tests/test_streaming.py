@@ -20,7 +20,7 @@ def codec(request, tmp_path_factory):
 
 
 def nano_codec():
-    """Random, of the released shape (dilation 1 in the encoder), but narrow and 12 samples a frame."""
+    """Random, of the released shape (dilation 1 in the encoder), narrow, 12 samples a frame."""
     torch.manual_seed(0)
     encoder = CONFIG["audio_encoder"] | {"resblock_dilation_sizes": [1]}
     codec = NanoCodec(CONFIG | {"audio_encoder": encoder}).eval().requires_grad_(False)
