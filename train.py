@@ -288,7 +288,7 @@ def make_optimizer(model, cfg):
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": cfg.weight_decay},
               {"params": rest, "weight_decay": 0.0}]
-    # not fused, it would need a copy of the weights more
+    # unfused, a step would need one copy of the weights more
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=decay[0].is_cuda)
 
 
