@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import difflib
 import inspect
+import json
 import multiprocessing
 import os
 import sys
@@ -30,6 +31,16 @@ def read_text(path):
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: is not UTF-8 text (byte {e.start}); save it as UTF-8") from e
+
+
+def read_json(path, what):
+    """The content of a JSON file. Raises InputError if it cannot be read or is none; `what` says
+    what it should be."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise InputError(f"{path}: not valid JSON ({e}); {what}") from e
 
 
 def write_atomically(path, write):

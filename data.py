@@ -149,13 +149,18 @@ def event_counts(dialogue, system, fmt):
     return len(found[BC]), len(found[INTER])
 
 
-def instruction(dialogue, system, fmt):
-    """The prompt text for speaker `system` of a dialogue, with the counts of event_counts."""
+def prompt_parts(dialogue, system, fmt):
+    """What make_prompt takes, for speaker `system` of a dialogue: the counts are event_counts'."""
     rewritten = f"new_narrative_s{system + 1}"
     narrative = dialogue[rewritten if fmt.rewritten_narrative else "narrative"]
     starts = dialogue["utterances"][0]["speaker_idx"] == system
-    return make_prompt(dialogue["speakers"][system], dialogue["speakers"][1 - system], narrative,
-                       *event_counts(dialogue, system, fmt), starts)
+    return (dialogue["speakers"][system], dialogue["speakers"][1 - system], narrative,
+            *event_counts(dialogue, system, fmt), starts)
+
+
+def instruction(dialogue, system, fmt):
+    """The prompt text for speaker `system` of a dialogue."""
+    return make_prompt(*prompt_parts(dialogue, system, fmt))
 
 
 # ---- the streams ----

@@ -42,7 +42,7 @@ from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, fingerprint, load_codec, missing_recording, read_audio
-from config import InputError, load_settings, over_cores, read_text, write_atomically
+from config import InputError, load_settings, over_cores, read_json, write_atomically
 from data import (
     BC,
     FRAME_RATE,
@@ -129,14 +129,6 @@ BLANK = {"annotated": False, "audio": "", "codes": None, "codec": "", "until": 0
          "encoder": "", "settings": {}, "situation": ""}
 
 
-def read_json(path, what):
-    """The content of a JSON file; raises InputError if it cannot be read or is none."""
-    try:
-        return json.loads(read_text(path))
-    except ValueError as e:
-        raise InputError(f"{path}: not {what} ({' '.join(str(e).split())})") from e
-
-
 def seconds(part, *keys):
     """Raise InputError unless those of the keys that `part` has are numbers of seconds, or None."""
     for key in keys:
@@ -207,7 +199,7 @@ def from_data_set(folder, settings):
 def from_files(note, sound, settings):
     """The dialogue of a JSON and a recording, either of which may be None. Returns None for a JSON
     that is none of a dialogue's. Raises InputError on what cannot be used."""
-    info = read_json(note, "the JSON of a dialogue") if note else {}
+    info = read_json(note, "a dialogue's JSON is needed") if note else {}
     if not sound and not (isinstance(info, dict) and "speakers" in info):
         return None
     if not note:
@@ -217,7 +209,7 @@ def from_files(note, sound, settings):
     raw, voices = "utterances" in info, {}
     of_voices = raw and "spk_emb_c1" not in info
     if of_voices and Path(settings.voices).exists():
-        voices = read_json(settings.voices, "the voices of prepare.py")
+        voices = read_json(settings.voices, "prepare.py writes such a file")
     speakers = from_raw(info, voices) if raw else info["speakers"]
     if len(speakers) != 2:
         raise InputError(f"has {len(speakers)} speakers, must have 2")
@@ -1069,7 +1061,7 @@ def find_utterances(settings, rate):
               if path.suffix.lower() in AUDIO_SUFFIXES and path.with_suffix(".json").exists()]
     found = []
     for path in sounds:
-        for u in read_json(path.with_suffix(".json"), "the JSON of a dialogue")["utterances"]:
+        for u in read_json(path.with_suffix(".json"), "a dialogue's JSON is needed")["utterances"]:
             if u.get("end_time") is not None and len(normalise(u["tts_text"]).split()) >= 4:
                 found.append((path, u))
     if not found:

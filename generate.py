@@ -36,19 +36,19 @@ from codec import (
     set_level,
     write_audio,
 )
-from config import InputError, load_settings, read_text, use_threads, write_atomically
+from config import InputError, load_settings, read_json, use_threads, write_atomically
 from data import (
     EXTRA_TOKENS,
     FRAME_RATE,
     SILENCE_PAD,
     WORD_PAD,
-    event_counts,
-    instruction,
+    is_number,
     load_dialogues,
     made_with,
     make_prompt,
     mark_kind,
     pad_left,
+    prompt_parts,
 )
 from model import load_checkpoint
 from turns import label_segments, merge_words
@@ -371,7 +371,7 @@ def decode_frame(backbone, x, memory, rows):
     number = torch.arange(rows.start, rows.stop, device=x.device)
     for layer, keys, values in zip(network.layers, memory.keys, memory.values):
         attention, h = layer.self_attn, norm(layer.input_layernorm, x)
-        query, key, value = (project(h).view(len(x), -1, memory.dim) for project in
+        query, key, value = (matrix(h).view(len(x), -1, memory.dim) for matrix in
                              (attention.q_proj, attention.k_proj, attention.v_proj))
         keys[number, :, slots], values[number, :, slots] = rotate(key, near), value
         mixed = attend(rotate(query, near), None if far is None else rotate(query, far),
@@ -671,15 +671,6 @@ SPEAKER_KEYS = {"name": str, "narrative": str, "backchannels": int, "interruptio
                 "starts": bool, "voice": str}
 
 
-def read_json(path, what):
-    """The content of a JSON file; `what` tells, where it is none, what it should be."""
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except ValueError as e:
-        raise InputError(f"{path}: not valid JSON ({e}); {what}") from e
-
-
 def read_prompts(path, voices_file):
     """Own prompts: a JSON list of pairs of speakers (README.md). Returns a list of [speaker,
     speaker] dicts with name, narrative, backchannels, interruptions, starts, voice, prompt,
@@ -737,14 +728,13 @@ def data_prompts(cfg, fmt):
 
 def data_prompt(dialogue, side, fmt):
     """One speaker of a data set's dialogue, in the form of read_prompts."""
-    backchannels, interruptions = event_counts(dialogue, side, fmt)
-    narrative = f"new_narrative_s{side + 1}" if fmt.rewritten_narrative else "narrative"
-    return {"name": dialogue["speakers"][side], "narrative": dialogue[narrative],
-            "backchannels": backchannels, "interruptions": interruptions,
-            "starts": dialogue["utterances"][0]["speaker_idx"] == side,
+    parts = prompt_parts(dialogue, side, fmt)
+    name, _, narrative, backchannels, interruptions, starts = parts
+    return {"name": name, "narrative": narrative, "backchannels": backchannels,
+            "interruptions": interruptions, "starts": starts,
             "voice": (dialogue.get("tts_speaker_ids") or ["", ""])[side],
             "embedding": dialogue[f"spk_emb_c{side + 1}"],
-            "prompt": instruction(dialogue, side, fmt)}
+            "prompt": make_prompt(*parts)}
 
 
 def check_parts(cfg, model, codec, trained):
@@ -786,10 +776,6 @@ def check_pairs(cfg, model, tokenizer, pairs):
             if tokens + 2 > positions:
                 raise InputError(f"{where}: its prompt has {tokens} tokens, but {cfg.model} has "
                                  f"{positions} positions for prompt and dialogue; shorten it")
-
-
-def is_number(x):
-    return type(x) in (int, float) and math.isfinite(x)
 
 
 def read_user(cfg, codec, fmt, device):

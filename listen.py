@@ -310,12 +310,11 @@ def speaker_encoder(name, device="cpu"):
 
     resemblyzer             GE2E (Wan et al. 2018), 256 numbers of length 1
     ecapa_tdnn              NeMo's ECAPA-TDNN (Desplanques et al. 2020), 192 numbers, not
-    normalised:
-                            the released ones; also the path of a .nemo file of a speaker model
-    spkrec-ecapa-voxceleb   SpeechBrain's ECAPA-TDNN, 192 numbers, not normalised; also the path of
-    a
-                            folder with its files, whose hyperparams.yaml must be trusted, since it
-                            names code that is run
+                            normalised: the released ones; also the path of a .nemo file of a
+                            speaker model
+    spkrec-ecapa-voxceleb   SpeechBrain's ECAPA-TDNN, 192 numbers, not normalised; also the path
+                            of a folder with its files, whose hyperparams.yaml must be trusted,
+                            since it names code that is run
     """
     if name == "resemblyzer":
         return _resemblyzer(device)

@@ -1,10 +1,10 @@
 """Recordings to training data: a raw Behavior-SD folder -> the released columns, as parquet files
 `datasets` opens.
 
-    python prepare.py raw=my_recordings out=data  # recordings with transcripts, with or without
-    times python prepare.py raw=my_recordings out=data codec=nanocodec.nemo torchrun --standalone
-    --nproc_per_node=N prepare.py raw=behavior-sd out=data device=cuda  # N GPUs python prepare.py
-    rewrite data=data out=rewritten model=CHAT_MODEL  # narratives: see rewrite.py
+    python prepare.py raw=my_recordings out=data    # transcripts with or without times
+    python prepare.py raw=my_recordings out=data codec=nanocodec.nemo
+    torchrun --standalone --nproc_per_node=N prepare.py raw=behavior-sd out=data device=cuda
+    python prepare.py rewrite data=data out=rewritten model=CHAT_MODEL    # see rewrite.py
 
 Raw: RAW/{train,validation,test}/NAME.wav (or any kind that libsndfile reads; stereo, channel 0 =
 speakers[0]) and NAME.json beside each, there or deeper (as in the unpacked tars of Behavior-SD); a

@@ -1,9 +1,8 @@
 """Narratives from the system's side (paper 4, appendix B): by a plain rule, which prepare.py uses,
 or by any chat model of transformers:
 
-    python prepare.py rewrite data=DIR out=DIR2 model=google/gemma-1.1-7b-it  # the paper's
-    python prepare.py rewrite data=DIR out=DIR2 model=CHAT_MODEL style=goal  # what to achieve
-    instead
+    python prepare.py rewrite data=DIR out=DIR2 model=google/gemma-1.1-7b-it   # the paper's
+    python prepare.py rewrite data=DIR out=DIR2 model=CHAT_MODEL style=goal   # goals instead
 
 Without this, 85 % of Behavior-SD's narratives name the starter first, and a model reads that
 instead of its instruction. DIR is a folder of SPLIT-*.parquet in the released columns (of

@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 import scipy.signal
 
-from config import InputError, load_settings
+from config import InputError, load_settings, read_json
 from ogg import FRAME, FRAME_SECONDS, RATE, OggReader, OggWriter, OpusDecoder, OpusEncoder
 
 try:
@@ -411,7 +411,7 @@ class Talk:
         parts = generate.Config(model=cfg.model, codec=cfg.codec, voices=cfg.voices, prompts="live")
         self.encoder = generate.check_parts(parts, self.model, self.codec, trained)
         self.sampling = generate.sampling_of(parts, trained)
-        self.embeddings = generate.read_json(cfg.voices, "prepare.py writes such a file")
+        self.embeddings = read_json(cfg.voices, "prepare.py writes such a file")
         self.voices, size = sorted(self.embeddings), self.model.speaker_size
         wrong = [name for name in self.voices if size and len(self.embeddings[name]) != size]
         if wrong or not self.voices:

@@ -461,8 +461,9 @@ def load_whole(run, weights, averages):
 
 
 def checkpoint(run, is_best):
-    """Write last/, best/ and state.pt: everything first under other names, then renamed, so that a
-    kill leaves the old or the new, never a mixture. Called by all processes."""
+    """Write last/, best/ and state.pt: each is written under another name, then renamed,
+    so that it is whole after a kill; state.pt comes last, and it decides where a run goes on.
+    Called by all processes."""
     cfg, out, places = run.cfg, Path(run.cfg.out), [run.place] * run.world
     if run.world > 1:
         dist.all_gather_object(places, run.place)

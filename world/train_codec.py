@@ -2,18 +2,18 @@
 small world:
 
     python -m world.train_codec data=runs/bank out=runs/codec minutes=40
-    and, after an interruption, the same + resume=true
+    python -m world.train_codec data=runs/bank out=runs/codec minutes=40 resume=true    # goes on
 
 Writes to `out`: codec.safetensors (for load_codec), checkpoint.pt and log.csv. The recipe is that
 of Vocos (2306.00814) and DAC (2306.06546), cut down to what two CPU cores do in half an hour:
   - a log-mel distance at several resolutions, from the first step to the last;
   - after a share of the time, three small spectrogram discriminators, hinge losses and feature
-  matching;
+    matching;
   - our own: a small head predicts the phonemes from the quantised numbers, so that codes carry
-  words and are easy for a language model. (Moshi, 2410.00037, distils WavLM into Mimi for that; our
-  corpus knows its phonemes.) Data without phones trains without it. The head is thrown away. Left
-  out of the usual recipe: period discriminators, loss balancing, quantiser dropout. Time, not
-  steps, sets the schedule: a slower machine trains fewer steps, but always to the end of the decay.
+    words and are easy for a language model. (Moshi, 2410.00037, distils WavLM into Mimi for that;
+    our corpus knows its phonemes.) Data without phones trains without it. The head is thrown away.
+Left out of the usual recipe: period discriminators, loss balancing, quantiser dropout. Time, not
+steps, sets the schedule: a slower machine trains fewer steps, but always to the end of the decay.
 """
 import copy
 import json
