@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from config import InputError, hub_problem, write_atomically
+from config import InputError, brief, hub_problem, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # Finite scalar quantisation
@@ -870,7 +870,7 @@ def _load_minicodec(path):
     try:
         codec.load_state_dict(weights)
     except RuntimeError as e:
-        raise InputError(f"{path}: its weights don't fit its config ({_brief(e)})") from e
+        raise InputError(f"{path}: its weights don't fit its config ({brief(e, 120)})") from e
     return codec.eval().requires_grad_(False)
 
 
@@ -888,7 +888,7 @@ def _load_mimi(source):
     except InputError:
         raise
     except Exception as e:  # no network, no such folder, cut off, of another shape: as many classes
-        raise InputError(f"{source}: cannot be loaded as a Mimi codec ({_brief(e)}); give "
+        raise InputError(f"{source}: cannot be loaded as a Mimi codec ({brief(e, 120)}); give "
                          "kyutai/mimi, or without a network a folder with its config.json and "
                          "model.safetensors") from e
     if missing := report["missing_keys"]:  # transformers would leave them random
@@ -920,7 +920,7 @@ def _load_nemo(path):
                 if (name := Path(member.name).name) in files and member.isfile():
                     files[name] = archive.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
-        raise InputError(f"{path}: not a whole .nemo archive ({_brief(e)}); {again}") from e
+        raise InputError(f"{path}: not a whole .nemo archive ({brief(e, 120)}); {again}") from e
     for name, content in files.items():
         if content is None:
             raise InputError(f"{path}: no {name} in it, so it is cut off or not a .nemo codec "
@@ -929,7 +929,7 @@ def _load_nemo(path):
         codec = NanoCodec(yaml.safe_load(files["model_config.yaml"]))
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RuntimeError) as e:
         # a ValueError may be an InputError of NanoCodec's
-        what = f"no {e}" if isinstance(e, KeyError) else _brief(e)
+        what = f"no {e}" if isinstance(e, KeyError) else brief(e, 120)
         raise InputError(f"{path}: its model_config.yaml is not one of a NanoCodec ({what}); "
                          "give a NanoCodec") from e
     try:
@@ -937,7 +937,7 @@ def _load_nemo(path):
         weights = torch.load(content, map_location="cpu", weights_only=True)
         weights = fold_weight_norm(weights)
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as e:
-        raise InputError(f"{path}: its model_weights.ckpt cannot be read ({_brief(e)}); "
+        raise InputError(f"{path}: its model_weights.ckpt cannot be read ({brief(e, 120)}); "
                          f"{again}") from e
     renamed = {_our_name(name): value for name, value in weights.items()}
     wrong = []
@@ -970,11 +970,6 @@ def fold_weight_norm(weights):
             v, g = plain.pop(name), plain.pop(stem + "_g")
             plain[stem] = g * v / v.flatten(1).norm(dim=1).view(-1, *[1] * (v.ndim - 1))
     return plain
-
-
-def _brief(error):
-    """An exception's text as part of one line."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _our_name(nemo_name):
@@ -1026,7 +1021,7 @@ def read_audio(path, channels=None, sample_rate=22050):
         todo = "give a whole wav, flac, ogg or mp3 file"
         if path.suffix.lower() in UNREADABLE_SUFFIXES:
             todo = "this kind cannot be read; convert it to wav"
-        raise InputError(f"{path}: cannot be read as audio ({_brief(e)}); {todo}") from e
+        raise InputError(f"{path}: cannot be read as audio ({brief(e, 120)}); {todo}") from e
     if len(audio) == 0:
         raise InputError(f"{path}: empty, it has no samples; record or export it again")
     if channels is not None and audio.shape[1] != channels:
@@ -1097,4 +1092,5 @@ def write_audio(path, audio, sample_rate):
     except (soundfile.SoundFileError, OSError) as e:
         if temporary.is_file():
             temporary.unlink()
-        raise InputError(f"{path}: cannot be written ({_brief(e)}); choose another place") from e
+        raise InputError(f"{path}: cannot be written ({brief(e, 120)}); choose another "
+                         "place") from e

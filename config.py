@@ -97,6 +97,12 @@ def _start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+def brief(error, most=150):
+    """An exception of a library as a part of one line, of `most` characters; its class where it
+    says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def hub_problem(error):
     """Why the hub gave nothing, and what to do, as the end of an InputError's line. Libraries wrap
     the cause in errors of their own, so the whole chain is looked through."""
@@ -122,7 +128,7 @@ def hub_problem(error):
                 "HF_HUB_OFFLINE, or copy it from a machine with network and give its path")
     if found(errors.EntryNotFoundError):
         return "the hub's repository lacks a file that is needed: check the name"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {brief(error, 200)}"
 
 
 def load_settings(cls, argv, folders=None):

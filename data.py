@@ -25,7 +25,6 @@ the audio of a frame cannot know the text of the same frame; only *earlier* text
 import dataclasses
 import glob
 import itertools
-import json
 import math
 import os
 import random
@@ -42,7 +41,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from config import InputError, hub_problem, load_settings
+from config import InputError, hub_problem, load_settings, read_json
 
 # a handful of words at a time: handing them to threads takes longer, on a busy machine much longer
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -376,17 +375,20 @@ def load_dialogues(source, split, streaming=False):
     return loaded
 
 
+def data_info(source):
+    """The info.json that prepare.py writes into a data set's folder; {} where there is none, as in
+    the released data. Raises InputError if it is no JSON."""
+    path = Path(source) / "info.json"
+    return read_json(path, "prepare.py writes such a file") if path.exists() else {}
+
+
 def made_with(source):
     """What codes and embeddings of the data set in folder `source` are made with, a dict of
-    codec_fingerprint, speaker_encoder and speaker_size, out of prepare.py's info.json; {} where
-    there is none, as in the released data. train.py copies it to the checkpoint's config, so that
-    generate.py can refuse what does not fit. Raises InputError if info.json is no JSON.
+    codec_fingerprint, speaker_encoder and speaker_size, as far as
+    data_info tells. train.py copies it to the checkpoint's config, so that
+    generate.py can refuse what does not fit.
     """
-    path = Path(source) / "info.json"
-    try:
-        info = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as e:
-        raise InputError(f"{path}: not valid JSON ({e}); prepare.py writes such a file") from e
+    info = data_info(source)
     keys = ("codec_fingerprint", "speaker_encoder", "speaker_size")
     return {key: info[key] for key in keys if key in info}
 

@@ -19,14 +19,9 @@ import scipy.signal
 import torch
 from tqdm import tqdm
 
-from config import InputError
+from config import InputError, brief
 
 RATE = 16000  # Hz, of every model here
-
-
-def brief(error):
-    """An exception of a library as a part of one line."""
-    return " ".join(str(error).split())[:150]
 
 
 def package(name, use, requirements="requirements-corpus.txt"):

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from config import InputError, hub_problem
+from config import InputError, brief, hub_problem
 from data import stored_format
 
 LOGITS_AT_ONCE = 2 ** 27  # of a loss: 0.5 GB in float32
@@ -311,7 +311,7 @@ def read_checkpoint(source):
         for name in names:
             tensors |= load_file(folder / name)
     except Exception as e:  # tokenizers, for one, raises a plain Exception on a cut-off file
-        raise InputError(f"{source}: not a readable checkpoint ({' '.join(str(e).split())[:200]}); "
+        raise InputError(f"{source}: not a readable checkpoint ({brief(e, 200)}); "
                          "it needs config.json, model.safetensors and the tokenizer's files") from e
     return settings, config, tokenizer, tensors
 

@@ -57,7 +57,15 @@ from codec import (
     read_audio,
     set_level,
 )
-from config import InputError, load_settings, over_cores, read_text, write_atomically
+from config import (
+    InputError,
+    brief,
+    load_settings,
+    over_cores,
+    read_json,
+    read_text,
+    write_atomically,
+)
 from data import StreamFormat, check_dialogue
 from listen import RATE, TAG, own_speech, speaker_encoder, strip_tags, to_16k, voiced
 from turns import label_segments, merge_words
@@ -442,8 +450,7 @@ def prepare_recording(item, settings):
     except InputError as e:
         return [], report | {"reason": str(e)}
     except Exception as e:
-        brief = " ".join(str(e).split())[:150]
-        return [], report | {"reason": f"{transcript}: {type(e).__name__}: {brief!r}"}
+        return [], report | {"reason": f"{transcript}: {type(e).__name__}: {brief(e)!r}"}
 
 
 def make_rows(transcript, recording, settings, report):
@@ -609,7 +616,7 @@ def first_samples(dialogues, settings):
 @functools.cache
 def voices(out):
     """OUT/voices.json, once per process."""
-    return json.loads(read_text(Path(out, "voices.json")))
+    return read_json(Path(out, "voices.json"), "prepare.py writes such a file")
 
 
 def write_json(path, content, indent=None):
@@ -769,18 +776,19 @@ def check_settings(settings):
                          "125, ten seconds")
 
 
-def claim(out, info, rank):
-    """Makes the folder of a data set, or raises InputError if it holds another one."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "info.json").exists():
-        old = json.loads(read_text(out / "info.json"))
-        differs = [f"{key} was {old.get(key)} and is {info[key]}"
-                   for key in info if old.get(key) != info[key]]
+def claim(path, mark, rank=0):
+    """Makes the folder of the JSON file `path`, in which rank 0 writes down what the data set in it
+    is (`mark`, a dict). Raises InputError if the folder holds another one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        old = read_json(path, "it should tell what the folder holds")
+        differs = [f"{key} was {old.get(key)} and is {mark[key]}"
+                   for key in mark if old.get(key) != mark[key]]
         if differs:
-            raise InputError(f"{out}: holds a data set whose {', '.join(differs)}; give another "
-                             "out= or remove it")
+            raise InputError(f"{path.parent}: holds a data set whose {', '.join(differs)}; give "
+                             "another out= or remove it")
     elif rank == 0:
-        write_json(out / "info.json", info, indent=1)
+        write_json(path, mark, indent=1)
 
 
 def main(argv):
@@ -799,7 +807,7 @@ def main(argv):
         settings.device = f"cuda:{local_rank}"
     out, dialogues = Path(settings.out), find_dialogues(settings)
     info = identity(settings, dialogues)
-    claim(out, info, rank)
+    claim(out / "info.json", info, rank)
     if settings.one_embedding_per_voice:
         if rank == 0 and not (out / "voices.json").exists():
             write_json(out / "voices.json", first_samples(dialogues, settings))

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from config import InputError, load_settings, read_text, write_atomically
+from config import InputError, brief, load_settings, read_text, write_atomically
 
 # The prompt of the paper's figure 3. That of its goals is not printed: appendix B.1 only says that
 # there was one.
@@ -169,7 +169,7 @@ def load_chat_model(name):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **gguf)
     except Exception as e:  # the hub's, transformers' and tokenizers' many errors end the same way
         raise InputError(f"model={name}: cannot be loaded ({type(e).__name__}: "
-                         f"{' '.join(str(e).split())[:150]}); give a folder or hub id of a causal "
+                         f"{brief(e)}); give a folder or hub id of a causal "
                          "LM, and HF_TOKEN if it is gated") from e
     if not tokenizer.chat_template:
         raise InputError(f"model={name}: is no chat model (its tokenizer has no chat template); "
@@ -255,7 +255,7 @@ def find_jobs(data):
             rows = pq.read_table(path, columns=columns).to_pylist()
         except (pa.ArrowException, OSError) as e:
             raise InputError(f"{path}: cannot read the columns {', '.join(columns)}: "
-                             f"{' '.join(str(e).split())[:200]}") from e
+                             f"{brief(e, 200)}") from e
         jobs[path] = []
         for row in rows:
             first, second = row["speakers"]

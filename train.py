@@ -11,7 +11,6 @@ Writes to `out`: best/ and last/ (checkpoints in the released layout), state.pt 
 import csv
 import importlib.util
 import itertools
-import json
 import math
 import os
 import sys
@@ -30,13 +29,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from config import InputError, hub_problem, load_settings, read_text, use_threads, write_atomically
+from config import InputError, hub_problem, load_settings, use_threads, write_atomically
 from data import (
     EXTRA_TOKENS,
     SILENCE_PAD,
     Dialogues,
     StreamFormat,
     collate,
+    data_info,
     epoch_batches,
     load_dialogues,
     made_with,
@@ -175,9 +175,7 @@ def check_settings(cfg):
 
 def check_codec(cfg):
     """Raise InputError if the data's codec, of prepare.py's info.json, has another size."""
-    made_with(cfg.data)  # refuses what is no JSON
-    info = Path(cfg.data) / "info.json"
-    size = json.loads(read_text(info)).get("codebook_size") if info.exists() else None
+    size = data_info(cfg.data).get("codebook_size")
     if size not in (None, cfg.codebook_size):
         raise InputError(f"codebook_size={cfg.codebook_size}, but the codec of {cfg.data} has "
                          f"{size}; set codebook_size={size}")

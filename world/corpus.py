@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from codec import load_codec
 from config import InputError, load_settings, over_cores, read_text, write_atomically
-from prepare import SPLITS, summarise, write_json, write_shard
+from prepare import SPLITS, claim, summarise, write_json, write_shard
 from turns import count_events, label_segments, merge_words
 from world import bank
 from world.bank import FADE, FRAME, RATE, VOICES
@@ -549,21 +549,6 @@ def compose_shard(item, settings):
 
 # --------------------------------------------------------------------------------------------------
 # The commands
-
-
-def claim(path, mark):
-    """Raises InputError if the folder of `path` holds another set than `mark` says; else writes
-    it there."""
-    if path.exists():
-        old = json.loads(path.read_text())
-        differs = [f"{key} was {old.get(key)} and is {mark[key]}" for key in mark
-                   if old.get(key) != mark[key]]
-        if differs:
-            raise InputError(f"{path.parent}: holds a corpus whose {', '.join(differs)}; give "
-                             "another out=")
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, mark, indent=1)
 
 
 def write_recordings(settings, count, mark):

@@ -17,15 +17,14 @@ from string import Template
 
 import soundfile
 import torch
-import yaml
 
 import generate
 from codec import load_codec, read_audio, write_audio
 from config import InputError, load_settings, read_text, write_atomically
 from data import load_dialogues, mark_kind, segments
 from turns import count_events, label_segments, merge_words
+from world import corpus
 
-SITUATIONS = Path(__file__).with_name("situations.yaml")
 COUNTS = (0, 2, 5)  # backchannels asked in the same prompt
 LARGEST = 100_000  # bytes of a dialogue's audio
 LEVELS = (0.95, 0.96, 0.97, 0.98, 0.99)  # libsndfile's for Opus: about 36 to 16 kbit/s
@@ -49,8 +48,8 @@ class Settings:
 @functools.cache
 def new_situations():
     """The situations that only the test set has."""
-    situations = yaml.safe_load(read_text(SITUATIONS))["situations"]
-    return {name for name, situation in situations.items() if situation.get("test_only")}
+    situations = corpus.read_situations(corpus.Settings.situations)["situations"]
+    return {name for name, situation in situations.items() if situation["test_only"]}
 
 
 def seen(row):
@@ -232,7 +231,7 @@ def write_page(settings):
                 new = not seen(rows[int(name[-4:])])
                 note = ", in a situation that training has not" if new else ""
             values[section] += figure(name, note, speakers, audio)
-    page = Template(read_text(SITUATIONS.with_name("page.html"))).substitute(values)
+    page = Template(read_text(Path(__file__).with_name("page.html"))).substitute(values)
     write_atomically(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
     print(f"{out}/index.html: {sum(map(len, sections.values()))} dialogues; of the first "
           f"{settings.n}'s counts {right} of {asked} are made as asked")

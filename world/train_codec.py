@@ -34,7 +34,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, HOP, STEPS, MiniCodec, mel_filters, read_audio, save_minicodec
-from config import InputError, load_settings, write_atomically
+from config import InputError, brief, load_settings, write_atomically
 from world.bank import read_bank
 
 FRAME = STEPS * HOP  # samples
@@ -381,7 +381,7 @@ def read_checkpoint(s, device):
     except OSError as e:
         raise InputError(f"{path}: no checkpoint to go on from; leave out resume=true") from e
     except Exception as e:  # cut off, no checkpoint: as many classes as ways
-        raise InputError(f"{path}: damaged ({' '.join(str(e).split())[:120]}); begin anew with "
+        raise InputError(f"{path}: damaged ({brief(e, 120)}); begin anew with "
                          "another out=") from e
 
 
@@ -393,7 +393,7 @@ def restore(s, m, state):
             module.load_state_dict(state[name])
     except Exception as e:
         raise InputError(f"{s.out}/checkpoint.pt: doesn't fit these settings "
-                         f"({' '.join(str(e).split())[:120]}); use those it was made with") from e
+                         f"({brief(e, 120)}); use those it was made with") from e
     if s.decoder_only:
         m["codec"].load_state_dict(m["average"].state_dict())
         for name, weight in m["codec"].named_parameters():
