@@ -193,14 +193,14 @@ def computed_memory(cfg, config):
         model, batch = random_model(cfg, config).train(), random_batch(cfg, config.vocab_size)
         if cfg.checkpointing:
             model.recompute_activations()
-        optimizer = train.make_optimizer(model, settings)
-        train.train_step(model, optimizer, [batch], settings, True)
+        optimizers = train.make_optimizers(model, settings)
+        train.train_step(model, optimizers, [batch], settings, True)
         train.losses_of(model, batch, settings, True)["loss"].backward()
         tracker = MemTracker()
         tensors = [value for value in batch.values() if value is not None]
-        tracker.track_external(model, optimizer, *tensors)
+        tracker.track_external(model, *optimizers, *tensors)
         with tracker:
-            train.train_step(model, optimizer, [batch], settings, True)
+            train.train_step(model, optimizers, [batch], settings, True)
     peak = Counter()
     for sizes in tracker.get_tracker_snapshot("peak").values():
         peak.update({getattr(kind, "value", kind): size for kind, size in sizes.items()})
@@ -215,10 +215,10 @@ def bench_training(cfg, config, machine):
         model.recompute_activations()
     if cfg.compile:
         model.compile()
-    optimizer = train.make_optimizer(model, settings)
+    optimizers = train.make_optimizers(model, settings)
 
     def step():
-        train.train_step(model, optimizer, [batch] * cfg.accumulation, settings, on_gpu)
+        train.train_step(model, optimizers, [batch] * cfg.accumulation, settings, on_gpu)
     step()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

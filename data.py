@@ -56,6 +56,7 @@ MARK_KINDS = (dict.fromkeys([BC, *COUNTED[BC]], "backchannel")
 COLUMNS = ["narrative", "new_narrative_s1", "new_narrative_s2", "speakers", "utterances",
            "dsu_c1_path", "dsu_c2_path", "spk_emb_c1", "spk_emb_c2"]
 FRAME_RATE = 12.5  # frames per second
+STRETCH = 12  # frames that `spoil` replaces together
 
 
 @dataclass
@@ -308,6 +309,28 @@ def collate(items, end_token, fmt):
     return {"prompt": prompt, "prompt_mask": prompt_mask, "audio": audio, "text": text,
             "frame_mask": torch.arange(text.shape[1]) < frames[:, None],
             "speaker": torch.stack([item["speaker"] for item in items])}
+
+
+def spoil(batch, most, fmt, seed):
+    """The audio (B, 2K, T) of a batch of `collate`, with mistakes in what the system says: in
+    stretches of a second, a random share of up to `most` of a dialogue's frames get the codes that
+    it says at another time.
+
+    As a model's input, not its target. With true codes only, a model reads its next word off its
+    own audio and hardly looks at its own text; when it then runs freely, each slip of the audio
+    becomes one of the words, and the next slip. Not in the paper.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    audio, system = batch["audio"].clone(), batch["audio"].shape[1] // 2
+    for row, mask in zip(audio, batch["frame_mask"]):
+        said = row[:system, fmt.delay:int(mask.sum()) - 1]  # (K, frames)
+        frames = said.shape[1]
+        share = most * torch.rand((), generator=rng)
+        wrong = torch.rand(frames // STRETCH + 1, generator=rng) < share
+        wrong = wrong.repeat_interleave(STRETCH)[:frames]
+        shift = int(torch.randint(frames, (), generator=rng))
+        said[:, wrong] = said.roll(shift, 1)[:, wrong]
+    return audio
 
 
 def new_tokenizer(dialogues, vocab_size, fmt):

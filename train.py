@@ -41,6 +41,7 @@ from data import (
     load_dialogues,
     made_with,
     new_tokenizer,
+    spoil,
     stream_items,
 )
 from model import load_checkpoint, new_model, save_checkpoint
@@ -83,7 +84,9 @@ class Config:
     prompt_text: bool = False  # the authors: True
     listening_weight: float = 1.0  # of the text where the system is silent and may speak up
     text_weight: float = 1.0  # 1: the paper's
+    wrong_history: float = 0.0  # most of its own past audio that is wrong (data.spoil)
     # optimisation
+    muon: bool = False  # for the layers' matrices, instead of AdamW (the paper's)
     batch_size: int = 1  # dialogues per process and forward pass
     accumulation: int = 8  # forward passes per step
     steps: int = 100_000
@@ -127,7 +130,7 @@ class Run:
     model: Any  # FActor
     network: Any  # the model, or with several processes DistributedDataParallel around it, or, by
     # fsdp, the model itself with its weights split over the processes
-    optimizer: Any
+    optimizers: list  # of make_optimizers
     step: int = 0  # optimizer steps done
     best: float = math.inf  # validation loss
     bad_evals: int = 0  # evaluations since then
@@ -158,6 +161,10 @@ def check_settings(cfg):
         for key in keys:
             if getattr(cfg, key) < low:
                 raise InputError(f"{key}={getattr(cfg, key)}: must be at least {low}")
+    if cfg.wrong_history < 0 or cfg.wrong_history > 1:
+        raise InputError(f"wrong_history={cfg.wrong_history}: must be between 0 and 1")
+    if cfg.muon and cfg.fsdp:
+        raise InputError("muon=true needs whole matrices; leave fsdp=true out")
     for key in ("lr", "clip"):
         if getattr(cfg, key) <= 0:
             raise InputError(f"{key}={getattr(cfg, key)}: must be more than 0")
@@ -280,18 +287,25 @@ def from_checkpoint(cfg, fmt, codebooks, speaker_size):
     return model.train(), tokenizer
 
 
-def make_optimizer(model, cfg):
-    """AdamW (paper table 5); vectors are not decayed."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": cfg.weight_decay},
-              {"params": rest, "weight_decay": 0.0}]
+def make_optimizers(model, cfg):
+    """A list of one: AdamW (paper table 5); vectors are not decayed. With `muon` also torch's Muon,
+    for the matrices inside the layers: it steps along the gradient with its singular values made
+    equal. A small model learns the same in a third of the steps (docs/results.md)."""
+    inner = [p for p in model.backbone.base_model.layers.parameters() if p.dim() == 2]
+    by_muon = {id(p) for p in inner} if cfg.muon else set()
+    others = [p for p in model.parameters() if id(p) not in by_muon]
+    groups = [{"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}]
     # unfused, a step would need one copy of the weights more
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=decay[0].is_cuda)
+    found = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=others[0].is_cuda)]
+    if cfg.muon:  # steps as large as AdamW's, so that both share a learning rate
+        found.append(torch.optim.Muon(inner, lr=cfg.lr, weight_decay=cfg.weight_decay,
+                                      adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
 def setup(cfg):
-    """Data, model and optimizer at step 0. Returns a Run."""
+    """Data, model and optimizers at step 0. Returns a Run."""
     fmt = check_settings(cfg)
     check_codec(cfg)
     use_threads(cfg.threads)
@@ -307,7 +321,7 @@ def setup(cfg):
                          f"{cfg.batch_size * world}")
     network = place_model(model, cfg, world, device)
     return Run(cfg, fmt, rank, world, device, opened, train, val, tokenizer, model, network,
-               make_optimizer(model, cfg))
+               make_optimizers(model, cfg))
 
 
 def place_model(model, cfg, world, device):
@@ -375,7 +389,7 @@ def read_state(run):
     path = Path(run.cfg.out) / "state.pt"
     try:
         state = torch.load(path, map_location=run.device, weights_only=True)
-        config = state["config"]
+        config, _ = state["config"], state["optimizers"]
     except Exception as e:  # torch and pickle have many, for a file that is cut off or no such file
         raise InputError(f"{path} cannot be read ({type(e).__name__}), so this run cannot go on; "
                          f"start a new one from its last weights: init={run.cfg.out}/last, another "
@@ -402,7 +416,7 @@ def resume(run):
     if before and before != now:
         run.say(f"note: the training dialogues are not those of before ({before['number']} then, "
                 f"{now['number']} now); the tokenizer and the codec are the same")
-    load_whole(run, state["model"], state["optimizer"])
+    load_whole(run, state["model"], state["optimizers"])
     run.step, run.best, run.bad_evals = state["step"], state["best"], state["bad_evals"]
     if run.cfg.streaming:
         run.place = state["places"][run.rank]
@@ -438,23 +452,25 @@ def is_complete(row, last_step):
 
 
 def whole_states(run):
-    """The state dicts of model and optimizer. If they are split over the processes (fsdp), all call
-    this, and the first gets them."""
+    """The state dicts of model and optimizers. If they are split over the processes (fsdp), all
+    call this, and the first gets them."""
     if not isinstance(run.network, FSDPModule):
-        return run.model.state_dict(), run.optimizer.state_dict()
+        return run.model.state_dict(), [o.state_dict() for o in run.optimizers]
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     together = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_state_dict(run.model, run.optimizer, options=together)
+    return get_state_dict(run.model, run.optimizers, options=together)
 
 
 def load_whole(run, weights, averages):
     """Load what whole_states gave."""
     if not isinstance(run.network, FSDPModule):
         run.model.load_state_dict(weights)
-        run.optimizer.load_state_dict(averages)
+        for optimizer, state in zip(run.optimizers, averages):
+            optimizer.load_state_dict(state)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-    set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=averages,
+    set_state_dict(run.model, run.optimizers, model_state_dict=weights,
+                   optim_state_dict=averages,
                    options=StateDictOptions(full_state_dict=True))
 
 
@@ -474,7 +490,7 @@ def checkpoint(run, is_best):
     for name in ["last", "best"] if is_best else ["last"]:
         save_checkpoint(out / name, run.model, run.tokenizer, run.fmt, extra,
                         getattr(torch, cfg.save_dtype), weights)
-    state = {"model": weights, "optimizer": averages,
+    state = {"model": weights, "optimizers": averages,
              "step": run.step, "best": run.best, "bad_evals": run.bad_evals, "config": asdict(cfg),
              "world": run.world, "places": places, "dialogues": dialogues_seen(run)}
     write_atomically(out / "state.pt", lambda path: torch.save(state, path))
@@ -525,7 +541,11 @@ def batches(run):
     def make_next():
         mine, place = next(items)
         frames = sum(item["text"].shape[0] + 1 for item in mine)
-        return make_batch(run, mine), frames, place
+        batch = make_batch(run, mine)
+        if run.cfg.wrong_history:
+            seed = zlib.crc32(f"{run.cfg.seed}/{run.rank}/{place}".encode())
+            batch["history"] = spoil(batch, run.cfg.wrong_history, run.fmt, seed)
+        return batch, frames, place
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(make_next)
         while True:
@@ -538,16 +558,18 @@ def batches(run):
 
 
 def losses_of(network, batch, cfg, bf16, silence_pad=None):
-    """FActor.loss of a batch of data.collate. network, bf16: as of Run."""
+    """FActor.loss of a batch of data.collate; its `history`, if it has one, is the audio that the
+    model sees, and its `audio` what it is to say. network, bf16: as of Run."""
     model = network.module if isinstance(network, DistributedDataParallel) else network
-    with torch.autocast(batch["audio"].device.type, torch.bfloat16, enabled=bf16):
-        hidden = network(batch["audio"][..., :-1], batch["text"][:, :-1], batch["prompt"],
+    audio = batch.get("history", batch["audio"])
+    with torch.autocast(audio.device.type, torch.bfloat16, enabled=bf16):
+        hidden = network(audio[..., :-1], batch["text"][:, :-1], batch["prompt"],
                          batch["speaker"], batch["prompt_mask"])  # (B, [1+P] + T-1, hidden)
         return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text,
                           cfg.listening_weight, silence_pad, cfg.text_weight)
 
 
-def train_step(network, optimizer, parts, cfg, bf16=False, silence_pad=None):
+def train_step(network, optimizers, parts, cfg, bf16=False, silence_pad=None):
     """One step on the list `parts` of batches, as if they were one: forward, backward, clip, step.
 
     network, bf16: as of losses_of. Returns (the losses, averaged over the batches, as a dict of
@@ -561,8 +583,9 @@ def train_step(network, optimizer, parts, cfg, bf16=False, silence_pad=None):
         for name, value in losses.items():
             mean[name] = mean.get(name, 0) + value.detach() / len(parts)
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return mean, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
@@ -626,10 +649,11 @@ def loop(run):
     log, log_file = open_log(run) if run.rank == 0 else (None, None)
     while run.step < cfg.steps and run.bad_evals < cfg.patience:
         start = time.time()
-        for group in run.optimizer.param_groups:
+        for group in (group for each in run.optimizers for group in each.param_groups):
             group["lr"] = learning_rate(run.step, cfg)
         parts, frames, places = zip(*itertools.islice(source, cfg.accumulation))
-        losses, norm = train_step(run.network, run.optimizer, parts, cfg, run.bf16, silence_id(run))
+        losses, norm = train_step(run.network, run.optimizers, parts, cfg, run.bf16,
+                                  silence_id(run))
         run.step, run.place = run.step + 1, places[-1]
         losses = mean_over_processes(run, losses)
         if not math.isfinite(losses["loss"]):
@@ -671,7 +695,7 @@ def validate(run, row):
 def log_row(run, losses, norm, rate):
     """A row of log.csv after a step."""
     return {"step": run.step, "epoch": round(run.place[0], 3), "loss": losses["loss"],
-            **perplexity_columns(losses), "lr": run.optimizer.param_groups[0]["lr"],
+            **perplexity_columns(losses), "lr": run.optimizers[0].param_groups[0]["lr"],
             "grad_norm": norm.item(), "frames_per_s": rate}
 
 

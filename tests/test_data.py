@@ -13,6 +13,7 @@ from data import (
     Dialogues,
     StreamFormat,
     check_dialogue,
+    collate,
     epoch_batches,
     event_counts,
     load_dialogues,
@@ -21,6 +22,7 @@ from data import (
     new_tokenizer,
     pad_left,
     segments,
+    spoil,
     stream_items,
     streams,
     text_stream,
@@ -311,6 +313,24 @@ def whole_words(tiny_data, tmp_path_factory):
     learnt.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
     learnt.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def test_spoil(dialogues, tokenizer):
+    """Only the system's own codes change, at most the share asked for, in stretches, and always the
+    same for a seed; delay and end ids stay where they are."""
+    found = [streams(dialogue, 0, tokenizer, FORMAT) for dialogue in dialogues[:8]]
+    items = [item for item in found if item]
+    batch = collate(items, 0, FORMAT)
+    audio, system = batch["audio"], batch["audio"].shape[1] // 2
+    changed = []
+    for seed in range(20):
+        spoiled = spoil(batch, 0.6, FORMAT, seed)
+        assert torch.equal(spoiled, spoil(batch, 0.6, FORMAT, seed))
+        assert torch.equal(spoiled[:, system:], audio[:, system:])
+        assert torch.equal(spoiled >= 64, audio >= 64)
+        changed.append((spoiled != audio).any(1).sum().item() / batch["frame_mask"].sum().item())
+    assert 0.1 < sum(changed) / len(changed) < 0.4 and max(changed) > 0.3
+    assert torch.equal(spoil(batch, 0.0, FORMAT, 0), audio)
 
 
 def test_every_word_is_one_token(whole_words, dialogues):

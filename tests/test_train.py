@@ -83,6 +83,24 @@ def test_kill_and_resume(run, tiny_data, tiny, tmp_path):
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
+def test_muon_and_wrong_history_resume(tiny_data, tiny, tmp_path):
+    """With both optimizers and an input that is spoiled, a run that goes on equals one in one go;
+    the input's mistakes and Muon's steps make it another run than without."""
+    plain = [*tiny, f"data={tiny_data}", "warmup=0", "min_lr=1e-3"]
+    words = [*plain, "muon=true", "wrong_history=0.5"]
+    train.main([*words, f"out={tmp_path}/whole", "steps=6"])
+    train.main([*words, f"out={tmp_path}/part", "steps=4"])
+    train.main([*words, f"out={tmp_path}/part", "steps=6", "resume=true"])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "part")
+    train.main([*plain, f"out={tmp_path}/muon", "muon=true", "steps=1"])
+    train.main([*plain, f"out={tmp_path}/plain", "steps=1"])
+    whole, muon, adamw = (losses(tmp_path / name)[1] for name in ("whole", "muon", "plain"))
+    assert muon == adamw != whole  # the first step's loss is before the step
+    weights = [load_checkpoint(tmp_path / name / "last")[0] for name in ("muon", "plain")]
+    differ = [not torch.equal(a, b) for a, b in zip(*(model.parameters() for model in weights))]
+    assert any(differ)
+
+
 def test_fsdp_gives_the_same_losses(run, tiny_data, tiny, tmp_path):
     """Weights split over two processes: the losses of one process, also when it goes on."""
     words = [*tiny, f"data={tiny_data}", "limit=6"]
@@ -176,6 +194,7 @@ def refuses(message, *words):
     ("patience=0", "patience=0: must be at least 1"),
     ("user_weight=-0.5", "user_weight=-0.5: must be at least 0"),
     ("text_weight=inf", "text_weight=inf: must be a number"),
+    ("wrong_history=1.5", "wrong_history=1.5: must be between 0 and 1"),
     ("batch_size=0", "batch_size=0: must be at least 1"),
     ("heads=0", "heads=0: must be at least 1"),
     ("kv_heads=3", "heads one of kv_heads"), ("limit=-1", "limit=-1: must be at least 0"),
@@ -185,6 +204,11 @@ def refuses(message, *words):
 ])
 def test_settings_out_of_range(word, message, tiny, tiny_data, tmp_path):
     refuses(message, *tiny, f"data={tiny_data}", f"out={tmp_path}/none", word)
+
+
+def test_muon_needs_whole_matrices(tiny, tiny_data, tmp_path):
+    refuses("leave fsdp=true out", *tiny, f"data={tiny_data}", f"out={tmp_path}/none", "muon=true",
+            "fsdp=true")
 
 
 def test_bad_settings_files(fails, tiny_data, tmp_path):
