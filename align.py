@@ -159,7 +159,8 @@ def place(texts, audio, speech):
     text is aligned to the audio with long silences cut short. Its first or last word may then
     stand across a silence, beside the neighbouring segment; so each stretch is given to the
     segment that has most of it, and a segment with words far from its stretches is aligned again,
-    to them alone.
+    to them alone. So is one of two or three words that is torn apart, and its neighbours: nobody
+    pauses in "I see.", so that of a stretch in which another one has words too it has nothing.
     """
     # what leaks of the other speaker beside the stretches is no word of this one
     audio = np.where(within(speech, len(audio), RATE, 0.1), audio, np.float32(0.1) * audio)
@@ -176,19 +177,25 @@ def place(texts, audio, speech):
 
     times = iter((back(a), back(b - 0.01) + 0.01) for a, b in times)
     spans = [[next(times) for _ in words] for words in texts]
-    owned = [[] for _ in texts]
+    torn, owned = [is_torn(span) for span in spans], [[] for _ in texts]
     for s in speech:
         shares = [sum(overlap(word, s) for word in span) for span in spans]
+        whole = [0 if torn[k] else share for k, share in enumerate(shares)]
+        shares = whole if any(whole) else shares
         if any(shares):
             owned[shares.index(max(shares))].append(s)
     for k, own in enumerate(owned):
-        if own and (spans[k][0][0] < own[0][0] - 0.3 or spans[k][-1][1] > own[-1][1] + 0.3):
+        if own and (any(torn[max(0, k - 1):k + 2]) or spans[k][0][0] < own[0][0] - 0.3
+                    or spans[k][-1][1] > own[-1][1] + 0.3):
             start, end = max(0.0, own[0][0] - 0.1), own[-1][1] + 0.1
             again = force_align(audio[round(start * RATE):round(end * RATE)], texts[k])
             spans[k] = [(a + start, b + start) for a, b in again] if again else spans[k]
-    # nobody pauses in "I see.": a part of it is in another segment's place
-    return [[] if 1 < len(span) < 4 and span[-1][1] - span[0][0] > SHORT else span
-            for span in spans]
+    return [[] if is_torn(span) else span for span in spans]
+
+
+def is_torn(span):
+    """Whether a segment of two or three words, of times `span`, is partly in another's place."""
+    return 1 < len(span) < 4 and span[-1][1] - span[0][0] > SHORT
 
 
 def inside(part, audio):

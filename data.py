@@ -23,6 +23,7 @@ the audio of a frame cannot know the text of the same frame; only *earlier* text
 `python data.py` prints the prompt of a test dialogue and draws a piece of its streams.
 """
 import dataclasses
+import functools
 import glob
 import itertools
 import math
@@ -193,6 +194,13 @@ def marks(dialogue, system, fmt):
     return opening
 
 
+@functools.lru_cache(100_000)
+def token_ids(text, tokenizer):
+    """A word's tokens. The same words come all the time, and a call of the tokenizer costs more
+    than the rest of the layout."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def place_words(row, words, mark, rate, tokenizer, word_pad):
     """Write a segment's words into `row` (T,): a word's tokens from its start frame on, then word
     pads up to its end. Tokens that outlast their word push the next word back.
@@ -201,8 +209,8 @@ def place_words(row, words, mark, rate, tokenizer, word_pad):
     """
     texts = [mark + words[0]["word"].lower()] + [" " + word["word"].lower() for word in words[1:]]
     pushed, free = 0, 0  # free: the first frame that no earlier word of the segment needs
-    for word, ids in zip(words, tokenizer(texts, add_special_tokens=False)["input_ids"]):
-        start = int(word["start"] * rate)
+    for word, text in zip(words, texts):
+        ids, start = token_ids(text, tokenizer), int(word["start"] * rate)
         pushed += free > start
         start = max(start, free)
         if start + len(ids) > len(row):
@@ -267,7 +275,8 @@ def streams(dialogue, system, tokenizer, fmt):
         text, _ = text_stream(dialogue, system, tokenizer, fmt)
     if text is None:
         return None
-    audio = torch.tensor(codes[system] + codes[1 - system])[:, :fmt.max_frames]  # (2K, T)
+    audio = np.array(codes[system] + codes[1 - system])  # (2K, T); a tensor of lists takes longer
+    audio = torch.from_numpy(audio)[:, :fmt.max_frames]
     text = torch.from_numpy(text)[:fmt.max_frames]  # (T,)
     prompt = tokenizer.encode(instruction(dialogue, system, fmt), add_special_tokens=False)
     speaker = dialogue[f"spk_emb_c{system + 1}"]

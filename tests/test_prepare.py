@@ -175,7 +175,7 @@ def assert_near(row, true, median=0.1, most=0.4):
         assert np.median(off) < median and max(off) < most
 
 
-@pytest.mark.parametrize("decibel", [-20, -40])
+@pytest.mark.parametrize("decibel", [-12, -20, -40])
 def test_alignment_is_not_led_astray_by_leaks(tmp_path, decibel):
     pytest.importorskip("pocketsphinx")
     put(tmp_path, "a", strip)
