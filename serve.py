@@ -324,8 +324,7 @@ class Seat:
 
 class Sound:
     """The codec for sessions that are at frames of their own. MiniCodec's layers keep their past in
-    a dict, so the pasts of any sessions go through it together; others go one by one. Together, a
-    session's sound is the same but for rounding."""
+    a dict, so the pasts of any sessions go through it together; others go one by one."""
 
     def __init__(self, codec, device):
         import torch
@@ -352,7 +351,7 @@ class Sound:
         audio = audio.to(self.device)
         if self.blank:
             states = [seat.stream.heard for seat in seats]
-            codes = self.together(states, lambda state: self.codec.analyse(audio, state)[1])
+            codes = self.together(states, audio, lambda *given: self.codec.analyse(*given)[1])
         else:
             codes = [seat.stream.encode(row[None]) for seat, row in zip(seats, audio)]
             codes = [found if found.shape[2] else self.silence[None, :, None] for found in codes]
@@ -368,19 +367,25 @@ class Sound:
         if self.blank:
             values = self.codec.fsq.decode(codes[:, :, None])
             states = [seat.stream.said for seat in seats]
-            audio = self.together(states, lambda state: self.codec.synthesise(values, state))
+            audio = self.together(states, values, self.codec.synthesise)
         else:
             audio = [seat.stream.decode(row[None, :, None]) for seat, row in zip(seats, codes)]
             audio = self.torch.cat(audio)
         return audio.clamp(-1, 1).float().cpu().numpy()
 
-    def together(self, states, call):
-        """call(state) with the rows of `states`, which it renews."""
-        state = {layer: self.torch.cat([one[layer] for one in states]) for layer in states[0]}
-        made = call(state)
+    def together(self, states, values, call):
+        """call(values, state) with the rows of `states`, which it renews. values (B, ...).
+
+        Fewer than four rows are filled up with the first: from four on, a row's bits do not depend
+        on how many stand beside it (as measured here; else the same but for rounding).
+        """
+        rows = [*range(len(states)), *[0] * (4 - len(states))]
+        state = {layer: self.torch.cat([states[row][layer] for row in rows])
+                 for layer in states[0]}
+        made = call(values[rows], state)
         for row, one in enumerate(states):
             one.update({layer: past[row:row + 1] for layer, past in state.items()})
-        return made
+        return made[:len(states)]
 
 
 class Talk:

@@ -8,6 +8,7 @@ The answer is placed as it would have been heard: what the server says after hea
 frame k + 1. `stereo=true` writes the recording beside it. Words are printed as they come.
 """
 import asyncio
+import functools
 import sys
 import time
 from dataclasses import dataclass
@@ -54,21 +55,23 @@ WISHES = ("voice", "name", "other", "narrative", "backchannels", "interruptions"
 
 
 class Answer:
-    """What the server has said: `frames` of (1920,), in order, and why it closed, if it did."""
+    """What the server has said: `frames` of (1920,), in order, when each was asked for and came
+    (`sent_at`, `came_at`, in seconds of the clock), and why it closed, if it did."""
 
     def __init__(self):
         self.frames, self.samples, self.problem = [], np.zeros(0, np.float32), ""
+        self.sent_at, self.came_at = [], []
         self.reader, self.decoder = OggReader(), OpusDecoder()
         self.begun, self.came = asyncio.Event(), asyncio.Event()
 
-    async def listen(self, ws, play=None):
-        """Takes all messages until the server closes."""
+    async def listen(self, ws, play=None, show=None):
+        """Takes all messages until the server closes. play(frame) and show(text) get what comes."""
         async for message in ws:
             kind, body = message.data[0], message.data[1:]
             if kind == HANDSHAKE:
                 self.begun.set()
-            elif kind == TEXT:
-                print(body.decode(), end="", flush=True)
+            elif kind == TEXT and show:
+                show(body.decode())
             elif kind == ERROR:
                 self.problem = body.decode()
             elif kind == OGG:
@@ -76,12 +79,19 @@ class Answer:
                 self.samples = np.concatenate([self.samples, *new])
                 while len(self.samples) >= FRAME:
                     self.frames.append(self.samples[:FRAME])
+                    self.came_at.append(time.monotonic())
                     self.samples = self.samples[FRAME:]
                     if play:
                         play(self.frames[-1])
                 self.came.set()
+        if ws.close_code not in (None, 1000) and not self.problem:
+            self.problem = f"the connection broke (code {ws.close_code})"
         self.begun.set()
         self.came.set()
+
+    def waits(self):
+        """Seconds from the sending of each frame to its answer, (n,)."""
+        return np.array([came - sent for came, sent in zip(self.came_at, self.sent_at)])
 
     async def wait_for(self, number, ws):
         """Until so many frames have come, or the server has closed."""
@@ -101,7 +111,12 @@ async def send_recording(ws, frames, answer, pace):
             await answer.wait_for(number + 1 - AHEAD, ws)
         if ws.closed:
             return
-        await ws.send_bytes(bytes([OGG]) + writer.write(encoder.encode(frame)))
+        message = bytes([OGG]) + writer.write(encoder.encode(frame))
+        answer.sent_at.append(time.monotonic())
+        try:
+            await ws.send_bytes(message)
+        except ConnectionError:  # it has gone; `listen` says so
+            return
     await answer.wait_for(len(frames), ws)
 
 
@@ -122,7 +137,7 @@ async def send_microphone(ws, sound, frames):
 
 
 async def talk(cfg, frames):
-    """frames (n, 1920), or None for the microphone -> (frames said to it, frames of the answer).
+    """frames (n, 1920), or None for the microphone -> (frames said to it, Answer).
     Raises InputError if the server refuses."""
     query = urlencode({name: getattr(cfg, name) for name in WISHES if getattr(cfg, name)})
     answer, sound, player = Answer(), None, None
@@ -137,7 +152,8 @@ async def talk(cfg, frames):
         check = not cfg.insecure
         await explain_refusal(http, url, check)
         async with http.ws_connect(url, ssl=check, max_msg_size=0) as ws:
-            listening = asyncio.create_task(answer.listen(ws, play))
+            show = functools.partial(print, end="", flush=True)
+            listening = asyncio.create_task(answer.listen(ws, play, show))
             if sound:
                 await send_microphone(ws, sound, frames)
             else:
@@ -147,7 +163,7 @@ async def talk(cfg, frames):
             await listening
     if answer.problem:
         print(f"\ntalk.py: the server: {answer.problem}", file=sys.stderr)
-    return np.array(frames).reshape(-1, FRAME), answer.frames
+    return np.array(frames).reshape(-1, FRAME), answer
 
 
 async def explain_refusal(http, url, check):
@@ -187,11 +203,14 @@ def main(argv):
         frames = np.pad(audio, (0, size + -size % FRAME - len(audio))).reshape(-1, FRAME)
     said, answered = asyncio.run(talk(cfg, frames))
     size = size or said.size
-    answer = np.concatenate([np.zeros(FRAME), *answered])[:size]
+    answer = np.concatenate([np.zeros(FRAME), *answered.frames])[:size]
     answer = np.pad(answer, (0, size - len(answer)))
     channels = [answer, said.ravel()[:size]] if cfg.stereo else [answer]
     write_audio(Path(cfg.out), np.stack(channels), RATE)
-    print(f"\n{cfg.out}: {size / RATE:.2f} s, {len(answered)} frames for {len(said)}")
+    print(f"\n{cfg.out}: {size / RATE:.2f} s, {len(answered.frames)} frames for {len(said)}")
+    if cfg.pace and len(waits := answered.waits() * 1000):
+        print(f"an answer came {np.median(waits):.0f} ms after its frame was sent, at worst "
+              f"{waits.max():.0f} ms")
 
 
 if __name__ == "__main__":

@@ -353,10 +353,10 @@ def test_talk_saves_an_answer_as_long_as_its_file(tmp_path):
     async def client(address, server):
         cfg = talk.Config(url=address, pace=False, name="Ann")
         said, answered = await talk.talk(cfg, frames)
-        assert len(said) == len(answered) == 26
+        assert len(said) == len(answered.frames) == len(answered.waits()) == 26
         with pytest.raises(serve.InputError, match="the server refuses: seed: must be a number"):
             await talk.talk(talk.Config(url=address, seed="x"), frames)
-        return np.concatenate([np.zeros(FRAME), *answered])
+        return np.concatenate([np.zeros(FRAME), *answered.frames])
     assert abs(lag(run(client), audio) - 92.9) < 0.2
     with pytest.raises(serve.InputError, match="cannot be reached"):
         talk.main([str(tmp_path / "beeps.wav"), "url=ws://127.0.0.1:9/api/chat"])
