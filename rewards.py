@@ -1,0 +1,203 @@
+"""What reinforce.py pays for: rewards of one side of a dialogue, from its text rows alone. Times
+are in seconds; a segment is what turns.py makes of a text row's words: start, end, text, label.
+
+Two tasks. The *instruction*: two instances talk, and each was asked for so many backchannels and
+interruptions. The four *axes* of "Multi-Faceted Interactivity Alignment" (arXiv 2606.11167): the
+user is a recording, in which it pauses, ends its turn, tells at length, or interrupts. Its rewards
+pay for barging in (minus the delay after the user's turn is highest for who starts before its end)
+and for silence (who never speaks need not yield); ours do not.
+"""
+import csv
+import math
+
+import matplotlib
+import numpy as np
+
+from data import FRAME_RATE, mark_kind
+from generate import stream_words
+from turns import label_segments, merge_words
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
+
+AXES = ("pause", "turn", "backchannel", "interruption")
+WEIGHTS = {  # of the rewards, each in units of its spread
+    "backchannels": 1.0, "interruptions": 1.0, "pace": 0.5, "overlap": 0.5, "marks": 0.25,
+    "yields": 0.25, "words": 0.5, "pause": 1.0, "turn": 1.0, "backchannel_f1": 1.0, "delay": 1.0,
+    "answer": 0.5, "judge": 0.5}
+BRIEF = 1.0  # longer speech is no backchannel
+
+
+def find_segments(texts, tokenizer):
+    """Text rows of both speakers -> labelled segments of turns.py, each with the `kind` of its
+    mark."""
+    words = [stream_words(text, tokenizer) for text in texts]
+    kinds = {(side, word["start"]): mark_kind(word["kind"])
+             for side, own in enumerate(words) for word in own}
+    segments = label_segments(merge_words(words))
+    return [s | {"kind": kinds[s["speaker"], s["start"]]} for s in segments]
+
+
+def is_backchannel(s):
+    brief = s["end"] - s["start"] <= BRIEF and len(s["text"].split()) <= 3
+    return s["label"] == "backchannel" and brief
+
+
+def words_of(segments):
+    return " ".join(s["text"] for s in segments)
+
+
+def count_events(own):
+    """(backchannels, interruptions) among the segments of one side."""
+    return (sum(is_backchannel(s) for s in own), sum(s["label"] == "interruption" for s in own))
+
+
+def instruction_rewards(own, other, asked):
+    """{name: reward} of a side. own, other: segments; asked: (backchannels, interruptions)."""
+    found = count_events(own)
+    times = [s["start"] for s in own if is_backchannel(s)]
+    long = [s for s in own if s["label"] == "backchannel" and not is_backchannel(s)]
+    mistaken = [s for s in own if s["kind"] not in ("", s["label"])]  # a mark is no free point
+    cut = [mine["end"] - s["start"] for s in other if s["label"] == "interruption"
+           for mine in own if mine["start"] < s["start"] < mine["end"]]
+    return {"backchannels": -abs(found[0] - asked[0]),
+            "interruptions": -abs(found[1] - asked[1]),
+            "pace": -unevenness(times, other, asked[0]),
+            "overlap": -len(long), "marks": -len(mistaken),
+            "yields": -sum(goes_on(seconds) for seconds in cut),
+            "words": -float(is_poor(own, least=5))}
+
+
+def unevenness(times, other, asked):
+    """Mean over the other's speech of |backchannels so far - asked * share of it passed|: without,
+    they come in bunches."""
+    passed = [t for s in other for t in np.arange(s["start"], s["end"], 1 / FRAME_RATE)]
+    share = np.arange(1, len(passed) + 1) / max(1, len(passed))
+    so_far = np.searchsorted(np.sort(times), np.sort(passed), "right")
+    return float(np.abs(so_far - asked * share).mean()) if passed else 0.0
+
+
+def goes_on(seconds):
+    """From 0 to 1: how far speech of so many seconds goes on after an interruption."""
+    return min(1.0, max(0.0, (seconds - 0.64) / 0.96))
+
+
+def is_poor(own, least):
+    """Fewer than `least` words, or repeats: of the small world's own sides 1 % repeat more than 6 %
+    of their threes."""
+    words = words_of(own).split()
+    threes = list(zip(words, words[1:], words[2:]))
+    return len(words) < least or 1 - len(set(threes)) / max(1, len(threes)) > 0.1
+
+
+def axis_rewards(axis, own, events, end):
+    """{name: reward} with a recorded user. own: segments; events: [[begin, end]], what they are
+    depends on the axis (world/segments.py); end: of the segment. The paper's, but for `turn`."""
+    new = [s for s in own if 0 <= s["start"] < end]  # what began before is the recording's
+    long = [s for s in new if s["end"] - s["start"] > BRIEF]
+    if axis == "pause":  # the user only pauses
+        return {"pause": -float(bool(long))}
+    if axis == "turn":  # the paper's minus delay pays for barging in
+        late = long[0]["start"] - events[-1][1] if long else math.inf
+        return {"turn": math.exp(-0.5 * (late / (0.75 if late > 0 else 0.25)) ** 2),
+                "answer": answer(long)}
+    if axis == "backchannel":
+        return {"backchannel_f1": f1([s["start"] for s in new if s not in long],
+                                     [begin for begin, _ in events], len(long))}
+    begin, stop = events[-1]  # the user interrupts
+    before = [s for s in own if s["start"] < begin]
+    late = [s["start"] - stop for s in new if s["start"] >= stop - 0.4]
+    yielded = goes_on(max(s["end"] for s in before) - begin) if before else 1.0  # silence is none
+    return {"delay": -min([*late, end - stop]), "yields": -yielded,
+            "answer": answer([s for s in long if s["start"] >= stop - 0.4])}
+
+
+def answer(segments):
+    """From 0 to 1: words of the first segment, of the five that are enough."""
+    return min(1.0, len(segments[0]["text"].split()) / 5) if segments else 0.0
+
+
+def f1(found, wanted, takeovers):
+    """Times within a second of each other match; takeovers are false ones. Nothing where nothing is
+    wanted is 1."""
+    left, hits = list(wanted), 0
+    for time_ in found:
+        near = min(left, key=lambda other: abs(other - time_), default=math.inf)
+        if abs(near - time_) <= 1:
+            left.remove(near)
+            hits += 1
+    return 2 * hits / total if (total := len(found) + takeovers + len(wanted)) else 1.0
+
+
+JUDGE = """Rate the reply of speaker B to speaker A: 0 if it is silent, gibberish or irrelevant, \
+1 if it is generic, 2 if it is specific. Answer with the digit only.
+A: {user}
+B: {own}"""
+
+
+def rate(judge, rows):
+    """Adds the reward `judge` (model and tokenizer of rewrite.load_chat_model) to rows of
+    rollout.py: of the instruction, and of the axes in which the system is to answer."""
+    from rewrite import write
+    rows = [row for row in rows if row.get("axis") not in ("pause", "backchannel")]
+    prompts = [JUDGE.format(user=row["heard"], own=row["said"]) for row in rows]
+    for row, text in zip(rows, write(*judge, prompts, 1, 0) if rows else ()):
+        row["rewards"]["judge"] = float(next((c for c in text if c in "012"), "0"))
+
+
+# ---- what is logged ----
+
+
+def count_figures(counted):
+    """How counts follow those asked for: Pearson r (0 where it is none), mean error, exact share.
+    counted (N, 4): asked backchannels and interruptions, counted ones."""
+    figures = {}
+    for k, kind in enumerate(("backchannels", "interruptions") if len(counted) else ()):
+        asked, found = counted[:, k], counted[:, k + 2]
+        spread = asked.std() and found.std()
+        figures |= {f"r_{kind}": float(np.corrcoef(asked, found)[0, 1]) if spread else 0.0,
+                    f"mae_{kind}": float(np.abs(asked - found).mean()),
+                    f"exact_{kind}": float((asked == found).mean())}
+    return figures
+
+
+def score(found):
+    """Of `evaluate`: the mean correlation of the counts, or, without that task, of the axes'
+    rewards."""
+    names = [key for key in found if key.startswith("r_")]
+    names = names or [f"held_out_{key}" for key in ("pause", "turn", "backchannel_f1", "delay")]
+    return float(np.mean([found[key] for key in names if key in found]))
+
+
+def merged(parts):
+    """A list of dicts of lists -> one dict of all of each key's."""
+    return {key: [x for part in parts for x in part.get(key, [])] for key in set().union(*parts)}
+
+
+def write_log(path, log):
+    """The log, a list of dicts, as CSV."""
+    columns = list(dict.fromkeys(key for row in log for key in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(log)
+
+
+def draw_curves(path, log):
+    """A PNG of the log's columns over the updates."""
+    names = list(dict.fromkeys(key for row in log for key in row))
+    panels = {"rewards while learning": [key for key in names if key in WEIGHTS],
+              "rewards, held out": [key for key in names if key.startswith("held_out_")],
+              "counts, held out": [key for key in names if key.startswith(("r_", "exact_"))],
+              "KL divergence a frame": ["kl"]}
+    fig, axes = plt.subplots(2, 2, figsize=(14, 8))
+    for ax, (title, keys) in zip(axes.flat, panels.items()):
+        for key in keys:
+            rows = [row for row in log if key in row]
+            ax.plot([row["update"] for row in rows], [row[key] for row in rows], ".-", label=key)
+        ax.set(title=title, xlabel="update")
+        if keys:
+            ax.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=70, format="png")
+    plt.close(fig)

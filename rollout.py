@@ -1,0 +1,265 @@
+"""What reinforce.py learns from: the policy's own dialogues, each side as a row with its rewards.
+
+Of the instruction (`talks`): two instances talk. Of the four axes (`listenings`): the user is a
+recording, cut from a data set by world/segments.py, and what both said before it may stand in
+front. Text is drawn from all ids, none left out, so that a row's probabilities are those it was
+drawn with. `run` is reinforce.Run.
+"""
+import random
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from config import InputError, read_json
+from data import FRAME_RATE, make_prompt, pad_left, prompt_parts, segments, streams
+from generate import LOOK, Conversation, Draws, Prefix, Sampler, read_prefix, stream_words
+from rewards import (
+    AXES,
+    axis_rewards,
+    count_events,
+    find_segments,
+    instruction_rewards,
+    rate,
+    words_of,
+)
+from turns import merge_words
+
+
+class Steered(Draws):
+    """Draws of the rule "due minus done": `bias` (B, V) is added to the text logits."""
+    bias = 0.0
+
+    def text(self, logits, u, rows):
+        return super().text(logits + self.bias, u, rows)
+
+
+def due_minus_done(run, text, t, asked):
+    """The rule's bias (B, V) at frame t, for the marks of who is silent while the other speaks.
+    text (B, F): so far; asked (B, 2). What is asked for is due evenly, until 0.8 of `frames`."""
+    silent = run.classes[text[:, t]] == 0  # (B,)
+    may = (silent & ~silent.unflatten(0, (-1, 2)).flip(1).flatten())[:, None]
+    due = asked * min(1, (t + 1) / (0.8 * run.cfg.frames))
+    bias = torch.zeros(len(text), len(run.classes), device=run.device)
+    for kind in (1, 2):
+        done = (run.classes[text[:, :t + 1]] == kind).sum(1)  # (B,)
+        behind = run.cfg.control * (due[:, kind - 1] - done)
+        bias += may * behind[:, None] * (run.classes == kind)
+    return bias
+
+
+@torch.no_grad()
+def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
+    """Dialogues of the policy: `group` of each prompt, or of each pair, where rows 2i and 2i+1
+    talk.
+
+    prompts: N texts; speakers (N, S); scenes: what N rows hear, of `scene_of`; asked (B, 2): for
+    the rule, else None. Returns audio (B, 2K, F), text (B, F), both as in data.streams, and the
+    dialogues' frames (B,); B = N * group.
+    """
+    model, d, sides = run.model, run.fmt.delay, 1 if scenes else 2
+    prefix = read_prefix(model, run.tokenizer, prompts, speakers)
+    order = torch.arange(len(prompts)).view(-1, sides).repeat_interleave(group, 0).flatten()
+    prefix = Prefix([x[order] for x in prefix.keys], [x[order] for x in prefix.values],
+                    prefix.mask[order], prefix.hidden[order])
+    scene = scenes and stack([scenes[i] for i in order], run.device)
+    frames = scene["text"].shape[1] if scenes else run.cfg.frames
+    batch = Conversation(model, run.tokenizer, run.fmt, len(order), prefix.mask.shape[1],
+                         frames + d, may_end=not scenes)
+    if asked is not None:
+        batch.draws = Steered(run.decisions, model.num_codebooks, len(order))
+    rng = random.Random(seed)
+    seeds = [rng.randrange(2 ** 31) for _ in range(len(order) // sides)]
+    text = torch.zeros(len(order), d + frames, dtype=torch.long, device=run.device)
+    said = text[:, None].repeat(1, model.num_codebooks, 1) + model.codebook_size
+    heard = said.clone()
+    text[:, :d + 1] = batch.join(prefix, Sampler(seeds, **run.sampling))[1]
+    over = torch.zeros(len(order) // sides, dtype=torch.bool, device=run.device)
+    for t in range(frames):
+        if scenes:
+            teach(batch, scene, t, d)
+        said[:, :, d + t], text[:, d + t] = batch.said, batch.text
+        other = batch.said.unflatten(0, (-1, sides)).flip(1).flatten(0, 1)
+        heard[:, :, d + t] = scene["user"][:, :, t] if scenes else other
+        over |= (batch.said == model.codebook_size + 1).any(1).unflatten(0, (-1, sides)).any(1)
+        if t + 1 == frames or (t % LOOK == 0 and over.all()):
+            break
+        if asked is not None:
+            batch.draws.bias = due_minus_done(run, text, d + t, asked)
+        batch.step(heard[:, :, d + t])
+    ended = (said == model.codebook_size + 1).any(1).unflatten(0, (-1, sides)).any(1)
+    ended = ended.repeat_interleave(sides, 0)  # (B, F)
+    frames = torch.where(ended.any(1), ended.int().argmax(1) - d, frames)
+    return torch.cat([said, heard], 1), text, scene["frames"] if scenes else frames
+
+
+def stack(scenes, device):
+    """Scenes of `scene_of` as one: codes (B, K, T), text (B, T), context and frames (B,)."""
+    found = {key: torch.tensor([s[key] for s in scenes]) for key in ("context", "frames")}
+    for key in ("own", "user", "text"):
+        rows = pad_sequence([s[key].transpose(0, -1) for s in scenes], True)  # (B, T, ...)
+        found[key] = rows.transpose(1, -1)
+    return {key: x.to(device) for key, x in found.items()}
+
+
+def teach(batch, scene, t, delay):
+    """In front of a segment stands what was said there. (Of its first frames, which have no audio,
+    the text is the model's own: Conversation.join makes them.)"""
+    taught = (t < scene["context"])[:, None]
+    batch.said = torch.where(taught, scene["own"][:, :, t], batch.said)
+    if t + delay < scene["text"].shape[1]:
+        taught = t + delay < scene["context"]
+        batch.text = torch.where(taught, scene["text"][:, t + delay], batch.text)
+
+
+def scene_of(run, entry, dialogue, context):
+    """What is needed to play a segment, with up to `context` frames in front; None where the other
+    side's text cannot be laid out."""
+    system = 1 - entry["user"]
+    item = streams(dialogue, system, run.tokenizer, run.fmt)
+    if item is None:
+        return None
+    first, d = max(0, entry["begin"] - context), run.fmt.delay
+    own, user = item["audio"][:, d:][:, first:entry["end"]].chunk(2)  # (K, T)
+    parts = list(prompt_parts(dialogue, system, run.fmt))
+    parts[-1] &= entry["begin"] > first  # without a context, the user has the word
+    words = [word["word"] for part, _, _ in segments(dialogue, entry["user"])
+             for word in part["words"] if first < word["start"] * FRAME_RATE < entry["end"]]
+    return {"axis": entry["axis"], "prompt": make_prompt(*parts), "speaker": item["speaker"],
+            "own": own, "user": user, "text": item["text"][first:first + user.shape[1]],
+            "context": entry["begin"] - first, "frames": user.shape[1],
+            "heard": " ".join(words), "end": (entry["end"] - entry["begin"]) / FRAME_RATE,
+            "events": [[(t - entry["begin"]) / FRAME_RATE for t in event]
+                       for event in entry["events"]]}
+
+
+# ---- rows: what the policy loss and the rewards need of each side ----
+
+
+def row_of(run, prompt, speaker, audio, text, begin, end, group, rewards, **more):
+    """One side of a rollout: begin, end: the frames that are the policy's; group: whose mean is its
+    baseline."""
+    ids = torch.tensor(run.tokenizer.encode(prompt, add_special_tokens=False))
+    return {"prompt": ids, "speaker": speaker, "audio": audio[:, :end].cpu(), "begin": begin,
+            "text": text[:end].cpu(), "end": end, "group": group, "rewards": rewards, **more}
+
+
+def talks(run, dialogues, group, seed):
+    """The instruction's rows: two instances talk about each dialogue's narrative, with counts
+    drawn anew."""
+    rng, prompts, speakers, asked = random.Random(f"asked/{seed}"), [], [], []
+    for dialogue in dialogues:
+        for side in (0, 1):
+            asked.append((rng.randint(0, run.cfg.backchannels),
+                          rng.randint(0, run.cfg.interruptions)))
+            name, other, narrative, _, _, starts = prompt_parts(dialogue, side, run.fmt)
+            prompts.append(make_prompt(name, other, narrative, *asked[-1], starts))
+            speakers.append(torch.tensor(dialogue[f"spk_emb_c{side + 1}"]))
+    pairs = torch.arange(len(prompts)).view(-1, 2).repeat_interleave(group, 0)  # (B / 2, 2)
+    rule = torch.tensor(asked, device=run.device)[pairs.flatten()] if run.cfg.control else None
+    audio, text, frames = rollout(run, prompts, torch.stack(speakers), group, seed, asked=rule)
+    rows = []
+    for i, pair in enumerate(pairs.tolist()):
+        both = [text[2 * i + side, :frames[2 * i]] for side in (0, 1)]
+        found = find_segments(both, run.tokenizer)
+        for side, k in enumerate(pair):
+            own, other = ([s for s in found if s["speaker"] == who] for who in (side, 1 - side))
+            rows.append(row_of(
+                run, prompts[k], speakers[k], audio[2 * i + side], both[side], 0,
+                int(frames[2 * i]), ("talk", k), instruction_rewards(own, other, asked[k]),
+                asked=asked[k], found=count_events(own), heard=words_of(other), said=words_of(own)))
+    return rows
+
+
+def listenings(run, scenes, group, seed):
+    """The axes' rows: each of the scenes is heard `group` times."""
+    prompts, speakers = ([scene[key] for scene in scenes] for key in ("prompt", "speaker"))
+    audio, text, frames = rollout(run, prompts, torch.stack(speakers), group, seed, scenes)
+    rows = []
+    for b in range(len(text)):
+        k, end = b // group, int(frames[b])
+        scene, row = scenes[k], text[b, :end]
+        own = merge_words([stream_words(row, run.tokenizer), []])
+        for s in own:
+            s["start"] -= scene["context"] / FRAME_RATE
+            s["end"] -= scene["context"] / FRAME_RATE
+        rewards = axis_rewards(scene["axis"], own, scene["events"], scene["end"])
+        rows.append(row_of(run, prompts[k], speakers[k], audio[b], row, scene["context"], end,
+                           ("scene", k), rewards, axis=scene["axis"], heard=scene["heard"],
+                           said=words_of(s for s in own if s["start"] >= 0)))
+    return rows
+
+
+# ---- what an update learns from, and what is measured ----
+
+
+def draw_rows(run):
+    """The rows of one update of this process, of the training split."""
+    cfg = run.cfg
+    seed = f"{cfg.seed}/{run.step}/{run.rank}"
+    rng, dialogues, rows = random.Random(seed), run.dialogues["train"], []
+    if cfg.pairs:
+        drawn = [dialogues[rng.randrange(len(dialogues))] for _ in range(cfg.pairs)]
+        rows += talks(run, drawn, cfg.group, seed)
+    if run.scenes["train"]:
+        context = rng.choice([0, rng.randint(0, cfg.context)])
+        entries = [entry for axis in cfg.axes.split() for entry in
+                   rng.choices(run.scenes["train"][axis], k=cfg.per_axis)]
+        scenes = [scene_of(run, entry, dialogues[entry["dialogue"]], context) for entry in entries]
+        rows += listenings(run, [scene for scene in scenes if scene], cfg.group, seed)
+    if run.judge:
+        rate(run.judge, rows)
+    return rows
+
+
+def held_out_rows(run):
+    """The rows of this process that the best is chosen by: the same at every call, but for the
+    model."""
+    cfg, dialogues, rows = run.cfg, run.dialogues["validation"], []
+    mine = range(run.rank, min(cfg.eval_pairs, len(dialogues)), run.world)
+    if cfg.pairs and mine:
+        rows += talks(run, [dialogues[i] for i in mine], 1, f"held out/{run.rank}")
+    entries = [entry for some in run.scenes["validation"].values()
+               for entry in some[run.rank:cfg.eval_pairs:run.world]]
+    scenes = [scene_of(run, entry, dialogues[entry["dialogue"]], cfg.context) for entry in entries]
+    if scenes := [scene for scene in scenes if scene]:
+        rows += listenings(run, scenes, 1, f"held out/{run.rank}")
+    return rows
+
+
+def read_scenes(path, split, dialogues, fmt, axes):
+    """A file of world/segments.py -> {axis: entries that end before max_frames}; {} for no file.
+    Raises InputError where it does not belong to the data set, or has none for one of `axes`."""
+    if not path:
+        return {}
+    what = "python -m world.segments writes such a file"
+    found, kept = read_json(path, what), {axis: [] for axis in AXES}
+    try:
+        if found["split"] != split:
+            raise InputError(f"{path}: is of split {found['split']}, not {split}; cut that one")
+        for entry in found["segments"]:
+            length = min(len(dialogues[entry["dialogue"]]["dsu_c1_path"][0]), fmt.max_frames)
+            if not 0 <= entry["begin"] < entry["end"] or not entry["events"]:
+                raise InputError(f"{path}: the segment {entry} is none; {what}")
+            if entry["end"] <= length and entry["user"] in (0, 1):
+                kept[entry["axis"]].append(entry)
+    except (KeyError, TypeError, IndexError) as e:
+        raise InputError(f"{path}: does not fit the data set ({type(e).__name__}: {e}); {what}") \
+            from e
+    if missing := [axis for axis in axes if not kept[axis]]:
+        raise InputError(f"{path}: has no segments of {', '.join(missing)}; {what}")
+    return kept
+
+
+def pad_rows(rows, end_token, device):
+    """Rows to a batch: what FActor.forward takes, for all frames but the last, text (B, F), inside
+    (B, F): which frames are the policy's, advantage (B, 1)."""
+    prompt, mask = pad_left([row["prompt"] for row in rows], end_token)
+    text = pad_sequence([row["text"] for row in rows], True)  # (B, F)
+    audio = pad_sequence([row["audio"].T for row in rows], True).transpose(1, 2)  # (B, 2K, F)
+    begin, end, advantage = (torch.tensor([row[key] for row in rows], device=device)[:, None]
+                             for key in ("begin", "end", "advantage"))
+    speaker = torch.stack([row["speaker"] for row in rows])
+    inputs = [x if x is None else x.to(device)
+              for x in (audio[..., :-1], text[:, :-1], prompt, speaker, mask)]
+    frame = torch.arange(text.shape[1], device=device)
+    return inputs, text.to(device), (begin <= frame) & (frame < end), advantage
