@@ -935,7 +935,8 @@ class Server:
         except BadParameter as e:
             return problem(400, str(e), e.name)
         if self.full():
-            return problem(503, f"all {self.slots} slots and the queue are full", None,
+            return problem(503, f"all {self.slots} slots and the queue behind them are full; "
+                           "try again in a moment", None,
                            {"Retry-After": "10"})
         return None
 

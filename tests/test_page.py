@@ -1,6 +1,7 @@
 """web/index.html in a real browser: Debian's chromium without a screen, with a recording as its
 microphone. Needs `apt-get install chromium` and `pip install playwright`."""
 import asyncio
+import collections
 import shutil
 
 import numpy as np
@@ -24,17 +25,20 @@ class Talking(serve.Echo):
     """Says what it hears, and a word every half second."""
 
     voices = ["one", "two"]
-    frames = 0
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.frames = collections.Counter()
 
     def tick(self, sessions, heard):
-        self.frames += 1
-        words = [("[BC]", " mhm")] if self.frames % 6 == 0 else []
-        return heard, [words for _ in sessions]
+        self.frames.update(sessions)
+        return heard, [[("[BC]", " mhm")] if self.frames[session] % 6 == 0 else []
+                       for session in sessions]
 
 
-def start(port=None, **settings):
+def start(port=None, engine=Talking, **settings):
     cfg = serve.Config(mode="echo", **settings)
-    return test_utils.TestServer(serve.make_app(cfg, Talking(cfg), cfg.slots or 4), port=port)
+    return test_utils.TestServer(serve.make_app(cfg, engine(cfg), cfg.slots or 4), port=port)
 
 
 def browse(visit, microphone):
@@ -49,11 +53,11 @@ def browse(visit, microphone):
                 page.on("pageerror", lambda e: page.errors.append(str(e)))
                 page.errors = []
                 await page.goto(f"http://localhost:{server.port}/{query}")
-                await until(page, "document.querySelector('[name=voice]').length == 2")
+                await until(page, "document.querySelector('[name=voice]').length >= 2")
                 return page
             await visit(open_page)
             await browser.close()
-    asyncio.run(asyncio.wait_for(both(), 120))
+    asyncio.run(asyncio.wait_for(both(), 240))
 
 
 @pytest.fixture
@@ -64,23 +68,40 @@ def tone(tmp_path):
     return tmp_path / "tone.wav"
 
 
-async def until(page, condition):
+@pytest.fixture
+def speech(tmp_path):
+    import soundfile
+    from conftest import ROOT
+    audio, rate = soundfile.read(ROOT / "tests" / "speech" / "dialogue.ogg")
+    soundfile.write(tmp_path / "speech.wav", audio[:, 1], rate)
+    return tmp_path / "speech.wav"
+
+
+async def until(page, condition, seconds=30):
     """Waits for a condition in JavaScript; playwright's way needs eval, which the page forbids."""
-    for _ in range(300):
+    for _ in range(seconds * 10):
         if await page.evaluate(condition):
             return
         await asyncio.sleep(0.1)
-    raise AssertionError(f"not in 30 s: {condition}; {await page.inner_text('#status')}")
+    raise AssertionError(f"not in {seconds} s: {condition}; {await page.inner_text('#status')}")
 
 
-async def frames(page, number, side=0):
+async def frames(page, number, seconds=30):
     """Waits until so many frames have come."""
-    await until(page, f"window.talk && talk.frames[{side}].length >= {number}")
+    await until(page, f"window.talk && talk.frames[0].length >= {number}", seconds)
 
 
 async def loudest(page, side):
     return await page.evaluate(
         f"Math.max(...talk.frames[{side}].flatMap(frame => [...frame]).map(Math.abs)) / 32767")
+
+
+async def saved_sound(page):
+    """What its button gives: (samples (N, 2), rate)."""
+    import soundfile
+    async with page.expect_download() as download:
+        await page.click("#wav")
+    return soundfile.read(await (await download.value).path())
 
 
 def test_two_tabs_talk_and_come_back_when_the_server_restarts(tone):
@@ -108,10 +129,7 @@ def test_two_tabs_talk_and_come_back_when_the_server_restarts(tone):
             await frames(pages[0], before + 25)
             assert "connected" in await pages[0].inner_text("#status")
             await pages[0].click("#stop")
-            async with pages[0].expect_download() as download:
-                await pages[0].click("#wav")
-            import soundfile
-            audio, rate = soundfile.read(await (await download.value).path())
+            audio, rate = await saved_sound(pages[0])
             assert rate == RATE and audio.shape[1] == 2 and len(audio) >= 50 * FRAME
             assert not pages[0].errors
     browse(visit, tone)
@@ -146,5 +164,33 @@ def test_a_full_server_is_said(tone):
                             ".textContent)")
             said = [await page.inner_text("#status") for page in pages]
             assert "connected" in said[0] and "number 1 in the queue" in said[1]
-            assert "the queue are full" in said[2]
+            assert "queue behind them are full" in said[2]
     browse(visit, tone)
+
+
+def test_the_words_of_the_model_are_heard_as_the_page_shows_them(speech):
+    """Two tabs, both with a microphone, talk with the shipped model: what each has received is
+    recognised as the words on its timeline."""
+    pytest.importorskip("faster_whisper", reason="needs requirements-corpus.txt")
+    import torch
+
+    import evaluate
+    import listen
+
+    async def visit(open_page):
+        async with start(engine=serve.Talk) as server:
+            pages = [await open_page(server), await open_page(server)]
+            for seed, page in enumerate(pages):
+                await page.fill("[name=seed]", str(seed))
+                await page.click("#start")
+            for page in pages:
+                await frames(page, 150, seconds=90)
+                await page.click("#stop")
+                words = await page.evaluate("talk.words[0].map(word => word.text).join(' ')")
+                audio, rate = await saved_sound(page)
+                heard = listen.to_16k(torch.tensor(audio[:, 0]), rate)
+                found = listen.recognise(heard, listen.voiced(heard))
+                text = " ".join(word["word"] for word in found)
+                print(f"{np.abs(heard).max():.2f} {words!r} {text!r}", evaluate.word_errors(words, text))
+                assert np.abs(heard).max() > 0.1 and not page.errors
+    browse(visit, speech)
