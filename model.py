@@ -240,6 +240,7 @@ def save_checkpoint(folder, model, tokenizer, fmt, extra, dtype=None, weights=No
         "audio_vocab_size": model.codebook_size, "text_stream": True, "multi_text_stream": False,
         "calc_loss_on_c1_only": False, "use_speaker_embedding": model.speaker_size > 0,
         "stream_format": vars(fmt), **extra}
+    config.pop("_name_or_path", None)  # a path of this machine
     (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(new)
     # the whole folder changes at once, so that its files belong together; a folder with files
