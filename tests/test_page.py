@@ -191,6 +191,7 @@ def test_the_words_of_the_model_are_heard_as_the_page_shows_them(speech):
                 heard = listen.to_16k(torch.tensor(audio[:, 0]), rate)
                 found = listen.recognise(heard, listen.voiced(heard))
                 text = " ".join(word["word"] for word in found)
-                print(f"{np.abs(heard).max():.2f} {words!r} {text!r}", evaluate.word_errors(words, text))
+                wrong, said = evaluate.word_errors(words, text)
+                print(f"{words} | {text} | {wrong} of {said} words wrong")
                 assert np.abs(heard).max() > 0.1 and not page.errors
     browse(visit, speech)
