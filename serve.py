@@ -120,13 +120,11 @@ def read_wishes(given, voices):
     wishes = dict(DEFAULTS, voice=voices[0] if voices else "")
     for name, text in given.items():
         key = ALIASES.get(name, name)
-        if name in WITHOUT_MEANING or key not in DEFAULTS:
-            if name not in WITHOUT_MEANING:
-                raise BadParameter(name, f"unknown; there are {', '.join([*DEFAULTS, *ALIASES])}")
-        elif name in ALIASES and key in given:
-            continue  # our own name wins
-        else:
-            wishes[key] = read_wish(name, key, text.strip(), voices)
+        if name in WITHOUT_MEANING or (name in ALIASES and key in given):  # our own name wins
+            continue
+        if key not in DEFAULTS:
+            raise BadParameter(name, f"unknown; there are {', '.join([*DEFAULTS, *ALIASES])}")
+        wishes[key] = read_wish(name, key, text.strip(), voices)
     if wishes["seed"] is None:
         wishes["seed"] = secrets.randbits(31)
     return wishes
@@ -1071,7 +1069,7 @@ def check_settings(cfg):
         raise InputError(f"port={cfg.port}: a port is 1..65535, or 0 for any free one")
     if min(cfg.slots, cfg.queue, cfg.slow) < 0 or min(cfg.minutes, cfg.idle, cfg.most_slots) <= 0:
         raise InputError("slots, queue and slow are at least 0; minutes, idle and most_slots more")
-    if (cfg.slow or cfg.record) and cfg.mode != ("echo" if cfg.slow else "talk"):
+    if cfg.slow and cfg.mode != "echo" or cfg.record and cfg.mode != "talk":
         raise InputError("slow= is for mode=echo, record= for mode=talk")
     try:
         Path(cfg.record or ".").mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,8 @@ from ogg import FRAME, RATE  # noqa: E402
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+         "--host-resolver-rules=MAP talk.test 127.0.0.1"]
+MICROPHONE = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
 class Talking(serve.Echo):
@@ -41,18 +42,21 @@ def start(port=None, engine=Talking, **settings):
     return test_utils.TestServer(serve.make_app(cfg, engine(cfg), cfg.slots or 4), port=port)
 
 
-def browse(visit, microphone):
-    """`await visit(open)`, where open(address) gives a page of a browser that hears this file."""
+def browse(visit, microphone=None):
+    """`await visit(open)`, where open(server) gives a page of a browser that hears this file; None:
+    that has no microphone."""
     async def both():
         async with playwright.async_playwright() as library:
-            flags = [*FLAGS, f"--use-file-for-fake-audio-capture={microphone}"]
+            flags = list(FLAGS)
+            if microphone:
+                flags += [*MICROPHONE, f"--use-file-for-fake-audio-capture={microphone}"]
             browser = await library.chromium.launch(executable_path=CHROMIUM, args=flags)
 
-            async def open_page(server, query=""):
+            async def open_page(server, query="", host="localhost"):
                 page = await browser.new_page()
                 page.on("pageerror", lambda e: page.errors.append(str(e)))
                 page.errors = []
-                await page.goto(f"http://localhost:{server.port}/{query}")
+                await page.goto(f"http://{host}:{server.port}/{query}")
                 await until(page, "document.querySelector('[name=voice]').length >= 2")
                 return page
             await visit(open_page)
@@ -166,6 +170,24 @@ def test_a_full_server_is_said(tone):
             assert "connected" in said[0] and "number 1 in the queue" in said[1]
             assert "queue behind them are full" in said[2]
     browse(visit, tone)
+
+
+def test_what_is_wrong_is_said():
+    async def visit(open_page):
+        async with start() as server:
+            page, insecure = await open_page(server), await open_page(server, host="talk.test")
+            assert "start serve.py with ssl=true" in await insecure.inner_text("#status")
+            await insecure.click("#start")
+            assert "only to https pages" in await insecure.inner_text("#status")
+            await page.click("#start")
+            await until(page, "document.querySelector('#status').className == 'bad'")
+            assert "no microphone is plugged in" in await page.inner_text("#status")
+            await page.check("[value=file]")
+            await page.click("#start")
+            await until(page, "/choose a recording/.test(document.querySelector('#status')"
+                        ".textContent)")
+            assert not page.errors and not insecure.errors
+    browse(visit)
 
 
 def test_the_words_of_the_model_are_heard_as_the_page_shows_them(speech):

@@ -122,6 +122,36 @@ def test_layouts_of_ogg(layout):
     assert abs(lag(pcm, audio) - 12.9) < 0.2
 
 
+def test_a_client_may_begin_a_new_stream_and_send_rests_of_the_old():
+    first, second = pages(beeps()[:FRAME * 5]), pages(beeps()[:FRAME * 6])
+    rest = [first[-1], first[3]]  # of a stream that has been left; and headers each in a message
+    _, pcm = run(lambda address, _: speak(address, [*first, *second[:4], *rest, *second[4:]]))
+    assert len(pcm) == 11 * FRAME
+
+
+def test_pings_are_answered_while_the_model_works():
+    async def client(address, server):
+        async with connect(address) as ws:
+            await ws.send(b"\x08" + bytes(2 * FRAME))
+            return await asyncio.wait_for(await ws.ping(), 1)  # the tick takes 2 s
+    assert run(client, slow=2.0) < 1
+
+
+@pytest.mark.parametrize("slow, slots, said", [(0.005, 2, "of 80 ms"), (0.09, 1, "falls behind")])
+def test_slots_are_measured(slow, slots, said, capsys):
+    assert serve.measure_slots(serve.Echo(serve.Config(slow=slow)), 2) == slots
+    assert said in capsys.readouterr().out
+
+
+def test_a_message_may_not_be_too_large():
+    async def client(address, server):
+        async with connect(address) as ws:
+            await ws.send(b"\x08" + bytes(serve.MOST_BYTES))
+            await ws.wait_closed()
+            return ws.close_code
+    assert run(client) == 1009
+
+
 def test_output_works_everywhere():
     """BOS first, then tags, audio from page 2; one serial, right sums, whole pages, 20 ms."""
     messages = []
@@ -330,6 +360,27 @@ def test_ssl_makes_a_certificate_or_refuses(tmp_path, monkeypatch):
         serve.tls_context(serve.Config(ssl=True, certificate=str(tmp_path / "other")))
 
 
+def test_https_and_a_token(tmp_path):
+    import talk
+
+    async def both():
+        cfg = serve.Config(mode="echo", ssl=True, certificate=str(tmp_path), token="secret")
+        app = serve.make_app(cfg, serve.Echo(cfg), 1)
+        server = test_utils.TestServer(app, scheme="https")
+        await server.start_server(ssl=serve.tls_context(cfg))
+        try:
+            url = f"wss://localhost:{server.port}/api/chat"
+            for wrong, message in (({}, "nobody has signed"), ({"insecure": True}, "the token")):
+                with pytest.raises(serve.InputError, match=message):
+                    await talk.talk(talk.Config(url=url, **wrong), in_frames(beeps()[:FRAME]))
+            right = talk.Config(url=url, insecure=True, token="secret")
+            return await talk.talk(right, in_frames(beeps()[:FRAME * 3]))
+        finally:
+            await server.close()
+    _, answer = asyncio.run(both())
+    assert len(answer.frames) == 3
+
+
 def test_a_failing_model_leaves_nobody_waiting():
     async def client(address, server):
         def broken(*_):
@@ -412,6 +463,27 @@ def test_sessions_share_a_batch_and_change_nothing_of_each_other(talk_settings):
     for (said, words), (said_beside, words_beside) in zip(alone, beside):
         assert np.abs(said[0] - said_beside).max() < 1e-5 and words[0] == words_beside
         assert said_beside.shape == (FRAME,)
+
+
+def test_wishes_reach_the_model(talk_settings):
+    talk = serve.Talk(serve.Config(**talk_settings))
+
+    def answer(**query):
+        guest = serve.Guest(serve.read_wishes(query, talk.voices))
+        said = [talk.tick([guest], np.zeros((1, FRAME), np.float32))[0][0] for _ in range(6)]
+        talk.leave(guest)
+        return np.concatenate(said)
+    best = {"text_topk": "1", "audio_topk": "1"}
+    plain, first = answer(seed="1"), answer(seed="1", **best)
+    assert np.array_equal(plain, answer(seed="1")) and talk.prefix.cache_info().hits == 2
+    assert not np.array_equal(plain, answer(seed="2"))
+    assert np.array_equal(first, answer(seed="2", **best)) and not np.array_equal(plain, first)
+    for other in ({"narrative": "You lost a dog."}, {"voice": "b"}, {"backchannels": "9"},
+                  {"interruptions": "3"}, {"starts": "false"}, {"other": "Zoe"}):
+        answer(**other)
+    assert talk.prefix.cache_info().misses == 7  # each of them is another prompt
+    with pytest.raises(serve.BadParameter, match="narrative: makes a prompt of"):
+        talk.check(serve.read_wishes({"narrative": "q,!x." * 199}, talk.voices))
 
 
 def test_a_conversation_is_recorded_as_generate_writes_it(talk_settings, tmp_path, monkeypatch):
