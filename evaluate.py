@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=N evaluate.py DIR ...        the same, by N processes
     python evaluate.py --default [reference=corpus]                     the shipped model
     python evaluate.py probe model=DIR data=DIR                         does the count count?
+    python evaluate.py fdb DIR [DIR ...]                 Full-Duplex-Bench's axes (see fdb.py)
     python evaluate.py DIR --fit-thresholds                             grid search on annotations
     python evaluate.py codec=default/codec.safetensors raw=corpus       what a codec costs
 
@@ -1179,6 +1180,9 @@ def main(argv):
     began, folders = time.time(), []
     if argv[:1] == ["probe"]:
         return probe(load_settings(ProbeSettings, argv[1:]))
+    if argv[:1] == ["fdb"]:
+        import fdb  # here because it imports this file's tables
+        return fdb.main(argv[1:])
     settings = load_settings(Settings, argv, folders)
     check(settings)
     if settings.raw:

@@ -4,6 +4,7 @@
     python generate.py n=20 first=5 batch=10        twenty of them, ten at a time
     python generate.py --prompts FILE.json          own prompts (README.md shows the form)
     python generate.py --user FILE.wav              the other speaker is a recording
+    python generate.py --user DIR                   answers every input.wav below DIR in output.wav
     torchrun --nproc_per_node=4 generate.py n=20    the dialogues split over processes, same files
 
 Writes per dialogue a stereo NAME.wav, NAME.json (prompts, settings, texts with times, codes) and
@@ -18,7 +19,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from codec import (
     fingerprint,
     load_codec,
     read_audio,
+    resample,
     set_level,
     write_audio,
 )
@@ -57,6 +59,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
 
 LOOK = 16  # frames between two looks at which dialogues are over: a look waits for the GPU
+ANSWER_RATE = 16000  # Hz, of the answers to a folder of recordings
 LLAMA_LIKE = ("llama", "mistral", "qwen2")  # what decode_frame knows; all three are one structure
 
 
@@ -74,7 +77,7 @@ class Config:
     n: int = 1  # how many
     batch: int = 8  # dialogues made at a time
     # a recording as the other speaker
-    user: str = ""
+    user: str = ""  # file, or folder of Full-Duplex-Bench's layout
     user_channel: int = -1  # which channel of it, if it has several
     level: float = -20.0  # dB of full scale that its speech is brought to; 0: as it is
     listen: float = 4.0  # seconds that the model may go on speaking after the recording's end
@@ -535,7 +538,8 @@ def converse(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user
     Arguments as of `talk`. Yields (i, [(codes, text ids) of each row]) when dialogue i is over."""
     sides, device = (2 if user_codes is None else 1), model.dsu_head.weight.device
     if user_codes is not None:
-        max_frames, heard = user_codes.shape[1] + fmt.delay, user_codes.T.to(device)  # (T, K)
+        heard = user_codes.movedim(-1, 0).to(device)  # (T, K) or (T, B, K)
+        max_frames = len(heard) + fmt.delay
     frames = max(0, max_frames - fmt.delay)
     prefix = read_prefix(model, tokenizer, prompts, speakers)
     batch = Conversation(model, tokenizer, fmt, len(prompts), prefix.mask.shape[1], max_frames,
@@ -592,7 +596,7 @@ def talk(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user_cod
 
     prompts: list of B instruction texts; speakers: (B, S) embeddings. Rows 2i and 2i+1 are the two
     instances of dialogue i: what one says is what the other hears. With user_codes (K, T) instead
-    every row is one instance that hears this recording.
+    every row is one instance that hears this recording; with (B, K, T) each hears its own.
     sampler: a Sampler with a seed per dialogue.
     max_frames: limit, the delay's frames included; a recording is heard to its end instead.
     on_frame(t, text): called with every new frame's text ids (B,), the end token for rows that are
@@ -900,6 +904,50 @@ def make_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
           f"frames/s each, {frames / seconds / FRAME_RATE:.1f} x real time, on {device}")
 
 
+def answer_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, pairs):
+    """The answers of one batch of answer_folder: jobs [(number, input, output)]."""
+    device, late = model.dsu_head.weight.device, codec.lookahead * codec.samples_per_frame
+    users = [read_user(replace(cfg, user=str(path), listen=0.0), codec, fmt, device)
+             for _, path, _ in jobs]
+    own = [path.with_name("prompt.json") for _, path, _ in jobs]
+    speaking = [(read_prompts(path, cfg.voices) if path.exists() else pairs)[0][0] for path in own]
+    longest = max(codes.shape[1] for _, codes in users)
+    heard = torch.stack([F.pad(codes, (0, longest - codes.shape[1])) for _, codes in users])
+    embeddings = torch.tensor([speaker["embedding"] for speaker in speaking], dtype=torch.float32)
+    made = talk(model, tokenizer, fmt, [speaker["prompt"] for speaker in speaking], embeddings,
+                Sampler([cfg.seed + number for number, _, _ in jobs], **sampling), 0, heard)
+    for (_, path, out), (audio, codes), (said, _) in zip(jobs, users, made):
+        answer = codec.decode(said[None, :, :codes.shape[1]].to(device))[0].cpu()
+        answer = F.pad(answer, (late, 0))[:, :audio.shape[1]].numpy()
+        size = read_audio(path, sample_rate=ANSWER_RATE).shape[1]
+        write_audio(out, resample(answer, codec.sample_rate, ANSWER_RATE)[:, :size], ANSWER_RATE)
+
+
+def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
+    """Answers every input.wav and clean_input.wav below the folder cfg.user in an output.wav or
+    clean_output.wav beside it, as long as the input is (the layout of Full-Duplex-Bench).
+
+    Who answers is the first speaker of prompt.json beside it, else that of `pairs`. As in a live
+    talk, the answer comes late by as much as the codec looks ahead.
+    """
+    found = [path for name in ("input.wav", "clean_input.wav")
+             for path in sorted(Path(cfg.user).rglob(name))]
+    if not found:
+        raise InputError(f"{cfg.user}: no input.wav below it; give a recording, or a folder of "
+                         "Full-Duplex-Bench's layout")
+    jobs = [(i, path, path.with_name(path.name.replace("input", "output")))
+            for i, path in enumerate(found)]
+    jobs = [job for job in jobs if not (cfg.resume and job[2].exists())]
+    # under torchrun every process makes its share
+    jobs = jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+    with tqdm(total=len(jobs), unit="recording") as bar:
+        for k in range(0, len(jobs), cfg.batch):
+            part = jobs[k:k + cfg.batch]
+            answer_batch(cfg, model, tokenizer, fmt, codec, part, sampling, pairs)
+            bar.update(len(part))
+    print(f"{cfg.user}: {len(jobs)} answers")
+
+
 @torch.no_grad()
 def main(argv):
     cfg = load_settings(Config, argv)
@@ -918,6 +966,8 @@ def main(argv):
     encoder = check_parts(cfg, model, codec, trained)
     pairs = read_prompts(cfg.prompts, cfg.voices) if cfg.prompts else data_prompts(cfg, fmt)
     check_pairs(cfg, model, tokenizer, pairs)
+    if cfg.user and Path(cfg.user).is_dir():
+        return answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs)
     user = read_user(cfg, codec, fmt, device) if cfg.user else None
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)

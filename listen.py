@@ -60,13 +60,14 @@ def _vad():
     return package("silero_vad", "voice activity").load_silero_vad(sequence=True)
 
 
-def voiced(audio):
-    """Stretches of speech, [(start, end)] in seconds (Silero VAD). Short ones count: backchannels
-    are short."""
+def voiced(audio, shortest=0.1):
+    """Stretches of speech of at least `shortest` seconds, [(start, end)] in seconds (Silero VAD).
+    Short ones count: backchannels are short."""
     model = _vad()
     from silero_vad.sequence_vad import get_speech_timestamps_sequence
-    return [(s["start"] / RATE, s["end"] / RATE)
-            for s in get_speech_timestamps_sequence(audio, model, min_speech_duration_ms=100)]
+    found = get_speech_timestamps_sequence(audio, model,
+                                           min_speech_duration_ms=round(1000 * shortest))
+    return [(s["start"] / RATE, s["end"] / RATE) for s in found]
 
 
 LEAK_MARGIN = 6.0  # dB above the other channel's leak from which on a frame is its own channel's

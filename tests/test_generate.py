@@ -12,7 +12,7 @@ from conftest import GOLDEN, ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import generate
-from codec import fingerprint
+from codec import fingerprint, load_codec
 from config import InputError
 from data import (
     EXTRA_TOKENS,
@@ -35,7 +35,6 @@ PAIR = [{"name": "Ann", "narrative": "You lost your keys.", "backchannels": 2, "
 @pytest.fixture(scope="module")
 def golden_codec_model(tmp_path_factory):
     """The golden backbone with codes of the golden codec, random: it fits golden/codec.nemo."""
-    from codec import load_codec
     codec = load_codec(GOLDEN / "codec.nemo")
     small, tokenizer, fmt, _ = load_checkpoint(GOLDEN / "checkpoint")
     torch.manual_seed(0)
@@ -120,6 +119,29 @@ def test_a_long_recording_is_noted(words, tmp_path, golden_codec_model, capsys):
                    "listen=0"])
     assert "has 25 frames, more than the 10 that" in capsys.readouterr().err
     assert soundfile.info(tmp_path / "out" / "dialogue_0000.wav").frames == 25 * 1764
+
+
+def test_a_folder_of_recordings_is_answered(words, tmp_path):
+    """Each input has an answer as long as it is, which does not depend on the batch; silence comes
+    first, for as long as the codec looks ahead."""
+    torch.manual_seed(0)
+    (tmp_path / "set" / "1").mkdir(parents=True)
+    for name, samples in (("input", 24077), ("clean_input", 20000)):
+        audio = torch.randn(samples).mul(0.1).numpy()
+        soundfile.write(tmp_path / "set" / "1" / f"{name}.wav", audio, 16000)
+    (tmp_path / "set" / "1" / "prompt.json").write_text(json.dumps([PAIR]))
+    made = []
+    for batch in (2, 1):
+        generate.main([*words, "--user", str(tmp_path / "set"), f"batch={batch}"])
+        made.append([soundfile.read(tmp_path / "set" / "1" / name, dtype="int16")
+                     for name in ("output.wav", "clean_output.wav")])
+    assert [len(audio) for audio, _ in made[0]] == [24077, 20000]
+    late = load_codec(GOLDEN / "codec.nemo").lookahead * 1280
+    for (audio, rate), (alone, _) in zip(*made):
+        assert rate == 16000 and (audio == alone).all()
+        assert not audio[:late - 100].any() and audio[late + 100:].any()
+    (tmp_path / "empty").mkdir()
+    refuses("no input.wav below it", *words, "--user", tmp_path / "empty")
 
 
 def refuses(message, *words):

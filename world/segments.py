@@ -135,12 +135,17 @@ FIND = {"pause": find_pause, "turn": find_turn, "backchannel": find_backchannel,
 # ---- a data set ----
 
 
+def words_of(dialogue):
+    """Both speakers' words, backchannels included: two lists of {word, start, end}, seconds."""
+    return [[{"word": word["word"], "start": word["start"], "end": word["start"] + word["dur"]}
+             for part, _, _ in spoken(dialogue, speaker) for word in part["words"]]
+            for speaker in (0, 1)]
+
+
 def utterances_of(dialogue, settings):
     """Both speakers' utterances by their words, backchannels included: two lists of {start, end,
     text, pauses}, in order; pauses: the [start, end] of silences inside. Seconds."""
-    words = [[{"word": word["word"], "start": word["start"], "end": word["start"] + word["dur"]}
-              for part, _, _ in spoken(dialogue, speaker) for word in part["words"]]
-             for speaker in (0, 1)]
+    words = words_of(dialogue)
     ipus = merge_words(words, settings.pause)
     both = [], []
     for utterance in merge_words(words, settings.join):
