@@ -526,6 +526,11 @@ def marks_events(dialogue):
     return any(kind for side in (0, 1) for _, kind, _ in segments(dialogue, side))
 
 
+def lasting(seconds):
+    """How much sound, as text: hours, or of what is shorter than six minutes the seconds."""
+    return f"{seconds / 3600:.2f} h" if seconds >= 360 else f"{seconds:.1f} s"
+
+
 def both_sides(dialogue, tokenizer, fmt):
     """`streams` of a dialogue from both sides. Raises InputError with the reason if it cannot be
     used."""
@@ -598,8 +603,8 @@ class Dialogues(torch.utils.data.Dataset):
             if len(self.dropped) > 10:
                 lines.append(f"  ... and {len(self.dropped) - 10} more")
         if self.seconds_used < self.seconds:
-            lines.append(f"{self.seconds_used / 3600:.2f} of {self.seconds / 3600:.2f} hours are "
-                         "used, the rest is behind max_frames")
+            lines.append(f"{lasting(self.seconds_used)} of {lasting(self.seconds)} are used, the "
+                         "rest is behind max_frames")
         if not self.marked:
             lines.append("no backchannels or interruptions are marked in any of the "
                          f"{len(self)} dialogues; the prompts all say 0")

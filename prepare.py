@@ -66,7 +66,7 @@ from config import (
     read_text,
     write_atomically,
 )
-from data import StreamFormat, check_dialogue
+from data import StreamFormat, check_dialogue, lasting
 from listen import RATE, TAG, own_speech, speaker_encoder, strip_tags, to_16k, voiced
 from turns import label_segments, merge_words
 
@@ -658,8 +658,9 @@ def summarise(out, shards, info):
     result = count(kept, reports)
     pieces = sum(result["kept"].values())
     cuts = f"; cut at pauses into {pieces}" if pieces > len(kept) else ""
-    print(f"{out}: {len(kept)} of {len(reports)} dialogues, {result['hours']:.2f} of "
-          f"{result['recorded_hours']:.2f} h, {len(heard)} voices; {len(dropped)} dropped{cuts}")
+    print(f"{out}: {len(kept)} of {len(reports)} dialogues, {lasting(total(kept, 'seconds'))} of "
+          f"{lasting(3600 * result['recorded_hours'])}, {len(heard)} voices; {len(dropped)} "
+          f"dropped{cuts}")
     list_some(f"dropped {d['split']}: {d['reason']}" for d in dropped)
     tell_transcripts(reports, info)
     tell_losses(reports)
@@ -678,7 +679,7 @@ def count(kept, reports):
         number[r["split"]] += r.get("pieces", 1)
     recorded = sum(r.get("recorded", r.get("seconds", 0)) for r in reports)
     return {"kept": number, "hours": round(sum(r["seconds"] for r in kept) / 3600, 3),
-            "recorded_hours": round(recorded / 3600, 3)}
+            "recorded_hours": round(recorded / 3600, 5)}
 
 
 def total(reports, key):
@@ -728,7 +729,7 @@ def tell_losses(reports):
         list_some(left)
     lost = [r for r in reports if r.get("segment_lost") and "reason" in r]
     if lost:
-        print(f"note: {total(lost, 'recorded') / 3600:.2f} h ({len(lost)} dialogues) are dropped "
+        print(f"note: {lasting(total(lost, 'recorded'))} ({len(lost)} dialogues) are dropped "
               "because a segment was not found; lost_backchannel=leave_out keeps those that lack a "
               "backchannel")
 

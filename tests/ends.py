@@ -60,6 +60,7 @@ def start_forked(cfg, words, log, port):
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             os.environ.update(
@@ -93,7 +94,8 @@ def wait(pids, limit):
     finally:  # also where this script is stopped
         for pid in left:
             problem = f"{len(left)} of {len(pids)} processes still there after {limit:.0f} s"
-            os.killpg(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGTERM)  # on KILL, torchrun would leave its processes behind
+        for pid in left:
             os.waitpid(pid, 0)
     return problem
 

@@ -396,7 +396,7 @@ def test_a_backchannel_that_is_not_found(tmp_path, make, capsys):
     with pytest.raises(InputError, match="'Uh huh.': none of its words was found"):
         make()
     printed = capsys.readouterr().out
-    assert "0.00 h (1 dialogues) are dropped because a segment was not found" in printed
+    assert "13.5 s (1 dialogues) are dropped because a segment was not found" in printed
     make("lost_backchannel=leave_out", f"out={tmp_path}/more")
     (row,) = rows_of(tmp_path / "more")
     assert [len(u["backchannels"]) for u in row["utterances"]] == [2, 0, 0]
@@ -545,7 +545,7 @@ def test_pieces_have_counts_starter_and_clock_of_their_own(tmp_path, make, capsy
         assert data.event_counts(row, 1, fmt) == (3, 0) and len(row["dsu_c1_path"][0]) <= 190
         assert data.frames_per_second(row) == pytest.approx(12.5)
         assert row["spk_emb_c1"] == rows[0]["spk_emb_c1"]
-    assert "1 of 1 dialogues, 0.01 of 0.01 h" in (out := capsys.readouterr().out)
+    assert "1 of 1 dialogues, 42.6 s of 43.3 s" in (out := capsys.readouterr().out)
     assert "cut at pauses into 3" in out
     assert json.loads((tmp_path / "out" / "info.json").read_text())["kept"] == {"train": 3}
 
