@@ -54,6 +54,7 @@ except ImportError as e:
 HANDSHAKE, OGG, TEXT, SETTINGS, EVENT, ERROR, PCM, PACKETS = 0, 1, 2, 3, 4, 5, 8, 9  # kinds
 DRAIN_SECONDS = 8.0  # the stock clients wait 10 s for the end of a close
 HEARTBEAT = 10.0  # seconds between pings; a client that answers none for half of it is gone
+GATHER = 0.02  # seconds that a frame may wait for others to share its tick
 MOST_BEHIND = 750  # frames (60 s): heard and not yet answered, or answered and not yet fetched
 MOST_RUBBISH = 1 << 20  # bytes that hold no audio
 MOST_BYTES = 1 << 16  # of a message
@@ -200,8 +201,10 @@ class Echo:
 class Batch(threading.Thread):
     """The model in a thread of its own: tick after tick, each over all sessions that have a frame.
 
-    A tick waits for nobody: who has no frame is left as it is. So a frame waits for one running
-    tick at most, and is answered by the next. Sessions come and go between ticks.
+    Who has no frame is left as it is. A frame waits for one running tick at most, and is answered
+    by the next. A tick costs nearly as much for one session as for all; so where not every frame
+    can have one of its own, it waits up to 20 ms (GATHER) for the frames of others. Sessions come
+    and go between ticks.
     """
 
     def __init__(self, engine, deliver, failed, metrics):
@@ -209,27 +212,35 @@ class Batch(threading.Thread):
         self.engine, self.deliver, self.failed, self.metrics = engine, deliver, failed, metrics
         self.events = queue.SimpleQueue()  # (kind, session, what): from the event loop
         self.waiting = {}  # session -> deque of (frame (1920,), time when it was whole)
+        self.took = 0.0  # seconds of the last tick
 
     def run(self):
         try:
             while self.take_events():
-                ready = [session for session, frames in self.waiting.items() if frames]
-                if ready:
-                    self.tick(ready)
+                if self.patience() == 0:
+                    self.tick([session for session, frames in self.waiting.items() if frames])
             for session in self.waiting:
                 self.engine.leave(session)
         except Exception as e:  # whatever it is: nobody may be left waiting for an answer
             self.failed(e)
 
+    def patience(self):
+        """Seconds until the next tick has to begin; None: there is no frame yet."""
+        came = [frames[0][1] for frames in self.waiting.values() if frames]
+        if not came:
+            return None
+        sessions = len(self.waiting)
+        if len(came) == sessions or sessions * self.took < FRAME_SECONDS:
+            return 0
+        return max(0, min(came) + GATHER - time.monotonic())
+
     def take_events(self):
-        """Waits for one unless there are frames. False: the end."""
-        wait = not any(self.waiting.values())
+        """Takes what has come, and waits for more while there is patience. False: the end."""
         while True:
             try:
-                kind, session, what = self.events.get(wait)
+                kind, session, what = self.events.get(timeout=self.patience())
             except queue.Empty:
                 return True
-            wait = False
             if kind == "end":
                 return False
             if kind == "prepare":
@@ -243,7 +254,8 @@ class Batch(threading.Thread):
         frames = [self.waiting[session].popleft() for session in ready]
         begin = time.monotonic()
         said, words = self.engine.tick(ready, np.stack([frame for frame, _ in frames]))
-        self.metrics.tick.observe(time.monotonic() - begin)
+        self.took = time.monotonic() - begin
+        self.metrics.tick.observe(self.took)
         self.metrics.behind.set(sum(map(len, self.waiting.values())))
         self.deliver(list(zip(ready, said, words, [came for _, came in frames])))
 
@@ -585,10 +597,10 @@ def measure_slots(engine, most):
     """How many conversations keep 80 ms here, printed and returned (at least 1).
 
     Their frames come at any time, so one may have to wait for a tick to end before its own begins:
-    two ticks must fit into 80 ms.
+    two ticks, each with the Opus coding of its answers, must fit into 80 ms.
     """
     wishes, times = read_wishes({"seed": "0"}, engine.voices), []
-    guests = []
+    guests, coders = [], [OpusEncoder() for _ in range(most)]
     while len(guests) < most:
         guests.append(Guest(wishes))
         frames = np.zeros((len(guests), FRAME), np.float32)
@@ -596,7 +608,9 @@ def measure_slots(engine, most):
         ticks = []
         for _ in range(5):
             begin = time.perf_counter()
-            engine.tick(guests, frames)
+            said, _ = engine.tick(guests, frames)
+            for coder, frame in zip(coders, said):
+                coder.encode(frame)
             ticks.append(time.perf_counter() - begin)
         times.append(sorted(ticks)[2] * 1000)
         if times[-1] > FRAME_SECONDS / 2 * 1000:
