@@ -116,6 +116,7 @@ def test_two_tabs_talk_and_come_back_when_the_server_restarts(tone):
         for page in pages:
             await page.focus("#start")
             await page.keyboard.press("Enter")
+            await until(page, "document.activeElement.id == 'stop'")
         for page in pages:
             await frames(page, 25)
             assert await loudest(page, 0) > 0.2  # the microphone, there and back
@@ -132,7 +133,8 @@ def test_two_tabs_talk_and_come_back_when_the_server_restarts(tone):
         async with start(port):
             await frames(pages[0], before + 25)
             assert "connected" in await pages[0].inner_text("#status")
-            await pages[0].click("#stop")
+            await pages[0].keyboard.press("Enter")  # on Stop
+            await until(pages[0], "document.activeElement.id == 'start'")
             audio, rate = await saved_sound(pages[0])
             assert rate == RATE and audio.shape[1] == 2 and len(audio) >= 50 * FRAME
             assert not pages[0].errors
