@@ -320,23 +320,24 @@ def collate(items, end_token, fmt):
             "speaker": torch.stack([item["speaker"] for item in items])}
 
 
-def spoil(batch, most, fmt, seed):
-    """The audio (B, 2K, T) of a batch of `collate`, with mistakes in what the system says: in
-    stretches of a second, a random share of up to `most` of a dialogue's frames get the codes that
-    it says at another time.
+def spoil(batch, most, fmt, seeds):
+    """The audio (B, 2K, T) of a batch of `collate`, with mistakes in what the system says: each
+    stretch of a second, with a probability drawn per dialogue from 0 to `most`, gets the codes that
+    the system says at another time. One seed a dialogue.
 
     As a model's input, not its target. With true codes only, a model reads its next word off its
     own audio and hardly looks at its own text; when it then runs freely, each slip of the audio
     becomes one of the words, and the next slip. Not in the paper.
     """
-    rng = torch.Generator().manual_seed(seed)
     audio, system = batch["audio"].clone(), batch["audio"].shape[1] // 2
-    for row, mask in zip(audio, batch["frame_mask"]):
+    for row, mask, seed in zip(audio, batch["frame_mask"], seeds):
+        rng = torch.Generator().manual_seed(seed)
         said = row[:system, fmt.delay:int(mask.sum()) - 1]  # (K, frames)
         frames = said.shape[1]
         share = most * torch.rand((), generator=rng)
-        wrong = torch.rand(frames // STRETCH + 1, generator=rng) < share
-        wrong = wrong.repeat_interleave(STRETCH)[:frames]
+        wrong = torch.rand(frames // STRETCH + 2, generator=rng) < share
+        phase = int(torch.randint(STRETCH, (), generator=rng))
+        wrong = wrong.repeat_interleave(STRETCH)[phase:phase + frames]
         shift = int(torch.randint(frames, (), generator=rng))
         said[:, wrong] = said.roll(shift, 1)[:, wrong]
     return audio

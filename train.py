@@ -84,7 +84,7 @@ class Config:
     prompt_text: bool = False  # the authors: True
     listening_weight: float = 1.0  # of the text where the system is silent and may speak up
     text_weight: float = 1.0  # 1: the paper's
-    wrong_history: float = 0.0  # most of its own past audio that is wrong (data.spoil)
+    wrong_history: float = 0.0  # at most, of its own past audio that is wrong (data.spoil)
     # optimisation
     muon: bool = False  # for the layers' matrices, instead of AdamW (the paper's)
     batch_size: int = 1  # dialogues per process and forward pass
@@ -290,7 +290,7 @@ def from_checkpoint(cfg, fmt, codebooks, speaker_size):
 def make_optimizers(model, cfg):
     """A list of one: AdamW (paper table 5); vectors are not decayed. With `muon` also torch's Muon,
     for the matrices inside the layers: it steps along the gradient with its singular values made
-    equal. A small model learns the same in a third of the steps (docs/results.md)."""
+    equal, which needs fewer steps (docs/results.md)."""
     inner = [p for p in model.backbone.base_model.layers.parameters() if p.dim() == 2]
     by_muon = {id(p) for p in inner} if cfg.muon else set()
     others = [p for p in model.parameters() if id(p) not in by_muon]
@@ -465,7 +465,7 @@ def load_whole(run, weights, averages):
     """Load what whole_states gave."""
     if not isinstance(run.network, FSDPModule):
         run.model.load_state_dict(weights)
-        for optimizer, state in zip(run.optimizers, averages):
+        for optimizer, state in zip(run.optimizers, averages, strict=True):
             optimizer.load_state_dict(state)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
@@ -525,9 +525,15 @@ def streamed_items(run):
         yield items, places[-1]
 
 
-def make_batch(run, items):
-    """Items of data.streams as a batch of data.collate on the device."""
+def make_batch(run, items, place=None):
+    """Items of data.streams as a batch of data.collate on the device. With a place, that of
+    training items, its `history` has mistakes if the settings say so."""
     batch = collate(items, run.tokenizer.eos_token_id, run.fmt)
+    if place and run.cfg.wrong_history:  # seeds: the same whatever the number of processes
+        first = run.rank * run.cfg.batch_size
+        seeds = [zlib.crc32(f"{run.cfg.seed}/{place}/{first + i}".encode())
+                 for i in range(len(items))]
+        batch["history"] = spoil(batch, run.cfg.wrong_history, run.fmt, seeds)
     check_positions(run.model, batch["prompt"].shape[1] + batch["text"].shape[1])
     return {name: tensor if tensor is None else tensor.to(run.device, non_blocking=True)
             for name, tensor in batch.items()}
@@ -541,11 +547,7 @@ def batches(run):
     def make_next():
         mine, place = next(items)
         frames = sum(item["text"].shape[0] + 1 for item in mine)
-        batch = make_batch(run, mine)
-        if run.cfg.wrong_history:
-            seed = zlib.crc32(f"{run.cfg.seed}/{run.rank}/{place}".encode())
-            batch["history"] = spoil(batch, run.cfg.wrong_history, run.fmt, seed)
-        return batch, frames, place
+        return make_batch(run, mine, place), frames, place
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(make_next)
         while True:
@@ -622,9 +624,9 @@ def evaluate(run):
     mine, size = keys[run.rank::run.world], run.cfg.batch_size
     total = dict.fromkeys(("loss", "audio_system", "audio_user", "text"),
                           torch.zeros((), device=run.device))
-    for k in range(0, len(mine), size):
-        part = mine[k:k + size]
-        batch = make_batch(run, [run.val[key] for key in part])
+    for k in range(0, math.ceil(len(keys) / run.world), size):
+        part = mine[k:k + size]  # where it is empty, others wait for this process too (fsdp)
+        batch = make_batch(run, [run.val[key] for key in part or keys[:1]])
         losses = losses_of(run.model, batch, run.cfg, run.bf16, silence_id(run))
         for name, value in losses.items():
             total[name] = total[name] + value * len(part) / len(keys) * run.world

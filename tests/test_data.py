@@ -324,13 +324,13 @@ def test_spoil(dialogues, tokenizer):
     audio, system = batch["audio"], batch["audio"].shape[1] // 2
     changed = []
     for seed in range(20):
-        spoiled = spoil(batch, 0.6, FORMAT, seed)
-        assert torch.equal(spoiled, spoil(batch, 0.6, FORMAT, seed))
+        spoiled = spoil(batch, 0.6, FORMAT, range(seed, seed + len(items)))
+        assert torch.equal(spoiled, spoil(batch, 0.6, FORMAT, range(seed, seed + len(items))))
         assert torch.equal(spoiled[:, system:], audio[:, system:])
         assert torch.equal(spoiled >= 64, audio >= 64)
         changed.append((spoiled != audio).any(1).sum().item() / batch["frame_mask"].sum().item())
     assert 0.1 < sum(changed) / len(changed) < 0.4 and max(changed) > 0.3
-    assert torch.equal(spoil(batch, 0.0, FORMAT, 0), audio)
+    assert torch.equal(spoil(batch, 0.0, FORMAT, [0] * len(items)), audio)
 
 
 def test_every_word_is_one_token(whole_words, dialogues):

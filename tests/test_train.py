@@ -33,7 +33,7 @@ def losses(folder):
 def test_two_processes_are_one_with_twice_the_batch(run, tiny_data, tiny, tmp_path):
     """Gloo on the CPU: two processes, and two "machines" of two, give the losses of one process
     with all their dialogues."""
-    words = [*tiny, f"data={tiny_data}", "steps=3", "limit=6"]
+    words = [*tiny, f"data={tiny_data}", "steps=3", "limit=6", "wrong_history=0.5"]
     train.main([*words, f"out={tmp_path}/one", "batch_size=4"])
     run("train.py", *words, f"out={tmp_path}/two", "batch_size=2", processes=2)
     with socket.socket() as free:
