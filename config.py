@@ -36,6 +36,8 @@ def read_text(path):
 def read_json(path, what):
     """The content of a JSON file. Raises InputError if it cannot be read or is none; `what` says
     what it should be."""
+    if not Path(path).exists():
+        raise InputError(f"{path}: there is no such file; {what}")
     text = read_text(path)
     try:
         return json.loads(text)

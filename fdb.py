@@ -36,7 +36,8 @@ from listen import RATE, recognise, voiced
 from prepare import write_json
 
 BIN = 0.2  # seconds, of the histogram of backchannels
-LONG, SHORT, WORDS = 3.0, 1.0, 3  # a turn's seconds, a backchannel's, words that are no turn yet
+LONG, SHORT = 3.0, 1.0  # seconds: a turn's, a backchannel's
+WORDS, BACKCHANNEL_WORDS = 3, 2  # most that are no turn yet; most of a backchannel
 USER_GAP, MODEL_GAP = 0.6, 0.5  # seconds: speech of v1.5 less apart is one segment
 VAD_SHORTEST = 0.25  # seconds: the default of Silero VAD, which the benchmark leaves as it is
 FILES = {"pause.json": "pause", "turn_taking.json": "turn", "interrupt.json": "interruption",
@@ -72,8 +73,8 @@ def score_pause(words, sample):
 
 
 def score_turn(words, sample):
-    """Latency from the user's last word; who has begun before has none. So a model that always
-    talks is perfect here, and the worst in a pause."""
+    """Latency from the user's last word; 0 for who has begun before. So a model that always talks
+    is perfect here, and the worst in a pause."""
     figures = {"takeover": takeover(words)}
     if figures["takeover"]:
         figures["latency"] = max(0.0, words[0]["start"] - sample["times"][0])
@@ -98,7 +99,7 @@ def score_backchannel(words, segments, seconds, truth):
             takes = 1
             break
         heard = sum(word["start"] <= end and word["end"] > start for word in words)
-        takes = int(heard > 2 or end - start >= SHORT)
+        takes = int(heard > BACKCHANNEL_WORDS or end - start >= SHORT)
         backchannels.append((start, end))
     return {"takeover": takes, "frequency": len(backchannels) / seconds,
             "jsd": divergence(backchannels, seconds, truth)}
@@ -263,12 +264,17 @@ def summarise(samples, scores):
 def rows_of(results):
     """{folder: {(task, axis, figure): entry}} -> {row's name: {folder: entry}}, in the order of
     the tasks."""
+    def place(key):
+        task, axis, figure = key
+        return axis == "timing", task, list(FIGURES).index(figure)
     rows = {}
-    for folder, entries in results.items():
-        for (task, axis, figure), entry in entries.items():
-            sign = f" {BETTER[axis]} (n={entry['n']})" if figure == "takeover" else ""
-            name = f"{task.replace('_', ' ')}: {FIGURES[figure]}{sign}"
-            rows.setdefault(name, {})[folder] = entry
+    for key in sorted(set().union(*results.values()), key=place):
+        task, axis, figure = key
+        for folder, entries in results.items():
+            if entry := entries.get(key):
+                sign = f" {BETTER[axis]} (n={entry['n']})" if figure == "takeover" else ""
+                name = f"{task.replace('_', ' ')}: {FIGURES[figure]}{sign}"
+                rows.setdefault(name, {})[folder] = entry
     return rows
 
 

@@ -14,20 +14,18 @@ The file in reading order: how ids are drawn (Sampler, Draws), what the rows of 
 (Memory, decode_frame), the two together as a running batch (Conversation), a dialogue from its
 prompts to its codes (converse, talk), and what the command does with it.
 """
-import functools
-import itertools
 import json
 import math
 import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -322,7 +320,7 @@ class Memory:
 
     def place(self, rows):
         """Makes room for one more frame of `rows` (a slice). Returns (their slots (B,), rotation
-        for the ring, rotation for the prefix or None where it is the same, bias (B * heads, S, 1)
+        for the ring, rotation for the prefix or None where it is the same, bias (B * heads, 1, S)
         of the S slots in use)."""
         age = self.age[rows]
         slots = self.prefix_size + age % self.frames
@@ -332,7 +330,7 @@ class Memory:
         if longest >= self.frames:
             far = self.rotation(self.lengths[rows] + age.clamp(max=self.frames - 1))
         used = self.prefix_size + min(longest + 1, self.frames)
-        bias = self.bias[rows, None, :used].expand(-1, self.heads, -1).reshape(-1, used, 1)
+        bias = self.bias[rows, None, :used].expand(-1, self.heads, -1).reshape(-1, 1, used)
         return slots, near, far, bias
 
     def advance(self, rows):
@@ -347,90 +345,52 @@ def rotate(x, rotation):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attend(query, far_query, keys, values, bias, rows, prefix_size):
+def attend(query, far_query, keys, values, bias, prefix_size):
     """One frame's attention. query (B, heads, dim); far_query: the one for the prefix, or None;
-    keys, values: of Memory, of which `rows` are meant; bias (B * kv_heads, S, 1). Returns
-    (B, heads * dim)."""
-    used, dim = bias.shape[1], query.shape[-1]
-    near_keys = keys[rows, :, :used].flatten(0, 1)  # (B * kv_heads, S, dim)
+    keys, values (B, kv_heads, S, dim); bias (B * kv_heads, 1, S). Returns (B, heads * dim)."""
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # (B * kv_heads, S, dim)
+    scale = query.shape[-1] ** -0.5
 
-    def scores(query, keys, bias):  # the heads that share keys are columns of one product
-        query = query.reshape(len(keys), -1, dim).transpose(1, 2)
-        return torch.baddbmm(bias, keys, query, alpha=dim ** -0.5)
-    score = scores(query, near_keys, bias)  # (B * kv_heads, S, heads / kv_heads)
+    def scores(query, keys, bias):  # the heads that share keys are rows of one product
+        query = query.reshape(len(keys), -1, query.shape[-1])
+        return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scale)
+    score = scores(query, keys, bias)  # (B * kv_heads, heads / kv_heads, S)
     if far_query is not None:
-        score[:, :prefix_size] = scores(far_query, near_keys[:, :prefix_size],
-                                        bias[:, :prefix_size])
-    weights = score.transpose(1, 2).softmax(-1, dtype=torch.float32).to(values.dtype)
-    return weighted_sum(weights, values, rows).view(len(query), -1)
+        score[..., :prefix_size] = scores(far_query, keys[:, :prefix_size], bias[..., :prefix_size])
+    weights = score.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return (weights @ values).view(len(query), -1)
 
 
-def weighted_sum(weights, values, rows):
-    """weights (B * kv_heads, heads / kv_heads, S); values: of Memory -> the sums of the values of
-    `rows`, (B * heads, dim) in all."""
-    used = weights.shape[-1]
-    if values.is_cuda:
-        return weights @ values[rows, :, :used].flatten(0, 1)
-    # on a CPU a product of one row reads its matrix at half the speed of this
-    _, heads, slots, dim = values.shape
-    first = torch.arange(rows.start * heads, rows.stop * heads) * slots
-    places = (first[:, None] + torch.arange(used)).repeat_interleave(weights.shape[1], 0)
-    return F.embedding_bag(places, values.view(-1, dim), mode="sum",
-                           per_sample_weights=weights.flatten(0, 1))
-
-
-def linear(weight, bias=None):
-    """The linear layer x (B, in) -> x weightᵀ + bias (B, out) as a function, for few rows.
-
-    With few rows the time goes into reading the weights. FBGEMM, torch's library for CPUs with
-    AVX2, holds them as float16 in the order in which it reads them: a fifth of the time for two
-    rows, 60 % for 32. It is used where that loses nothing: for checkpoints stored in 16 bits.
-    """
-    if weight.is_cuda or "fbgemm" not in torch.backends.quantized.supported_engines:
-        return functools.partial(F.linear, weight=weight, bias=bias)
-    if (weight.half().float() - weight).abs().max() > 1e-7:
-        return functools.partial(project, weight=weight, bias=bias)
-    bias = None if bias is None else bias.float()
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), packed).to(x.dtype)
-
-
-def project(x, weight, bias=None):
-    """F.linear, in pieces of 1,024 outputs: on a CPU one long product of few rows takes half as
-    long again."""
-    biases = itertools.repeat(None) if bias is None else bias.split(1024)
-    return torch.cat([F.linear(x, *piece) for piece in zip(weight.split(1024), biases)], 1)
-
-
-def products(backbone):
-    """The linear layers in each of the backbone's layers, [{name: function of `linear`}]."""
-    return [{name: linear(module.weight, module.bias) for name, module in layer.named_modules()
-             if isinstance(module, nn.Linear)} for layer in backbone.base_model.layers]
-
-
-def decode_frame(backbone, matrices, x, memory, rows):
+def decode_frame(backbone, x, memory, rows):
     """The backbone's forward pass for one frame of `rows` (a slice): transformers' for Llama, but
     keys and values are written to `memory` in place, and rows may differ in age.
 
-    matrices: of `products`; x (B, hidden): the embedded frame -> (B, hidden).
+    x (B, hidden): the embedded frame -> (B, hidden).
     """
     def norm(module, x):
         return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
     slots, near, far, bias = memory.place(rows)
-    network, number = backbone.base_model, torch.arange(rows.start, rows.stop, device=x.device)
-    for layer, matrix, keys, values in zip(network.layers, matrices, memory.keys, memory.values):
-        h = norm(layer.input_layernorm, x)
-        query, key, value = (matrix[f"self_attn.{name}_proj"](h).view(len(x), -1, memory.dim)
-                             for name in "qkv")
+    network, used = backbone.base_model, bias.shape[-1]
+    number = torch.arange(rows.start, rows.stop, device=x.device)
+    for layer, keys, values in zip(network.layers, memory.keys, memory.values):
+        attention, h = layer.self_attn, norm(layer.input_layernorm, x)
+        query, key, value = (matrix(h).view(len(x), -1, memory.dim) for matrix in
+                             (attention.q_proj, attention.k_proj, attention.v_proj))
         keys[number, :, slots], values[number, :, slots] = rotate(key, near), value
-        mixed = attend(rotate(query, near), None if far is None else rotate(query, far), keys,
-                       values, bias, rows, memory.prefix_size)
-        x = x + matrix["self_attn.o_proj"](mixed)
-        h = norm(layer.post_attention_layernorm, x)
-        gate = layer.mlp.act_fn(matrix["mlp.gate_proj"](h))
-        x = x + matrix["mlp.down_proj"](gate * matrix["mlp.up_proj"](h))
+        mixed = attend(rotate(query, near), None if far is None else rotate(query, far),
+                       keys[rows, :, :used], values[rows, :, :used], bias, memory.prefix_size)
+        x = x + attention.o_proj(mixed)
+        x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
     memory.advance(rows)
     return norm(network.norm, x)
+
+
+def project(x, weight):
+    """x (B, hidden), weight (N, hidden) -> (B, N), for the long weights of the heads: on a CPU in
+    pieces, since one long product of few rows takes half as long again."""
+    if x.is_cuda:
+        return F.linear(x, weight)
+    return torch.cat([F.linear(x, part) for part in weight.split(1024)], 1)
 
 
 # ---- a running batch ----
@@ -489,13 +449,7 @@ class Conversation:
         self.model, self.delay, self.may_end = model, fmt.delay, may_end
         frames = min(frames or trained, trained, room)
         self.memory = Memory(model.backbone, size, prefix_size, frames, like=head.weight)
-        self.matrices = products(model.backbone)
-        text_head = model.backbone.get_output_embeddings()
-        self.text_head = linear(text_head.weight, text_head.bias)
-        # the audio head's first half: who hears needs no other
-        system = model.num_codebooks * (model.codebook_size + 2)
-        self.audio_head = linear(head.weight[:system], head.bias[:system])
-        vocabulary = len(text_head.weight)
+        vocabulary = len(model.backbone.get_output_embeddings().weight)
         decisions = torch.zeros(vocabulary, dtype=torch.bool, device=head.weight.device)
         decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
         self.draws = Draws(decisions, model.num_codebooks, size)
@@ -555,15 +509,19 @@ class Conversation:
         next one."""
         audio = torch.cat([self.said[rows], user_codes], 1)[..., None]  # (B, 2K, 1)
         x = self.model.embed_frames(audio, self.text[rows, None])[:, 0]
-        return decode_frame(self.model.backbone, self.matrices, x, self.memory, rows)
+        return decode_frame(self.model.backbone, x, self.memory, rows)
 
     def _draw(self, hidden, rows, audio=True):
         """The next frame of `rows` from hidden (B, hidden)."""
-        memory, width = self.memory, self.model.codebook_size + 2
+        model, memory = self.model, self.memory
         u = self.draws.uniform(rows, memory.ages, memory.age[rows])
-        self.text[rows] = self.draws.text(self.text_head(hidden), u, rows)
+        head = model.backbone.get_output_embeddings()
+        self.text[rows] = self.draws.text(project(hidden, head.weight), u, rows)
         if audio:
-            logits = self.audio_head(hidden).view(len(hidden), -1, width)  # (B, K, C+2)
+            width = model.codebook_size + 2
+            system = model.num_codebooks * width  # the head's first half: who hears needs no other
+            logits = project(hidden, model.dsu_head.weight[:system]) + model.dsu_head.bias[:system]
+            logits = logits.view(len(hidden), -1, width)  # (B, K, C+2)
             logits[..., width - 2] = -torch.inf  # no delay id: it only stands in front of the audio
             if not self.may_end:
                 logits[..., width - 1] = -torch.inf
@@ -765,7 +723,7 @@ def check_speaker(speaker, where):
 def data_prompts(cfg, fmt):
     """Prompts of `n` dialogues of a split, from `first` on, in the form of read_prompts."""
     opened = load_dialogues(cfg.data, cfg.split, streaming=True)  # fetches no more than is taken
-    taken = list(itertools.islice(opened, cfg.first, cfg.first + cfg.n)) if cfg.first >= 0 else []
+    taken = list(islice(opened, cfg.first, cfg.first + cfg.n)) if cfg.first >= 0 else []
     if cfg.n < 1 or len(taken) < cfg.n:
         raise InputError(f"first={cfg.first}, n={cfg.n}: {cfg.data} has {sum(1 for _ in opened)} "
                          f"dialogues in split '{cfg.split}'")
@@ -946,19 +904,18 @@ def make_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
           f"frames/s each, {frames / seconds / FRAME_RATE:.1f} x real time, on {device}")
 
 
-def answer_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, pairs):
-    """The answers of one batch of answer_folder: jobs [(number, input, output)]."""
+def answer_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling):
+    """The answers of one batch of answer_folder: jobs [(number, input, output, speaker)]."""
     device, late = model.dsu_head.weight.device, codec.lookahead * codec.samples_per_frame
     users = [read_user(replace(cfg, user=str(path), listen=0.0), codec, fmt, device)
-             for _, path, _ in jobs]
-    own = [path.with_name("prompt.json") for _, path, _ in jobs]
-    speaking = [(read_prompts(path, cfg.voices) if path.exists() else pairs)[0][0] for path in own]
+             for _, path, _, _ in jobs]
+    speaking = [speaker for *_, speaker in jobs]
     longest = max(codes.shape[1] for _, codes in users)
     heard = torch.stack([F.pad(codes, (0, longest - codes.shape[1])) for _, codes in users])
     embeddings = torch.tensor([speaker["embedding"] for speaker in speaking], dtype=torch.float32)
     made = talk(model, tokenizer, fmt, [speaker["prompt"] for speaker in speaking], embeddings,
-                Sampler([cfg.seed + number for number, _, _ in jobs], **sampling), 0, heard)
-    for (_, path, out), (audio, codes), (said, _) in zip(jobs, users, made):
+                Sampler([cfg.seed + number for number, *_ in jobs], **sampling), 0, heard)
+    for (_, path, out, _), (audio, codes), (said, _) in zip(jobs, users, made):
         answer = codec.decode(said[None, :, :codes.shape[1]].to(device))[0].cpu()
         answer = F.pad(answer, (late, 0))[:, :audio.shape[1]].numpy()
         size = read_audio(path, sample_rate=ANSWER_RATE).shape[1]
@@ -970,22 +927,32 @@ def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
     clean_output.wav beside it, as long as the input is (the layout of Full-Duplex-Bench).
 
     Who answers is the first speaker of prompt.json beside it, else that of `pairs`. As in a live
-    talk, the answer comes late by as much as the codec looks ahead.
+    talk, the answer comes late by as much as the codec looks ahead. answers.json says by what
+    settings the answers are made; only resume=true with the same ones keeps what is there.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("a folder of recordings is answered by one process, without torchrun")
     found = [path for name in ("input.wav", "clean_input.wav")
              for path in sorted(Path(cfg.user).rglob(name))]
     if not found:
         raise InputError(f"{cfg.user}: no input.wav below it; give a recording, or a folder of "
                          "Full-Duplex-Bench's layout")
-    jobs = [(i, path, path.with_name(path.name.replace("input", "output")))
-            for i, path in enumerate(found)]
-    jobs = [job for job in jobs if not (cfg.resume and job[2].exists())]
-    # under torchrun every process makes its share
-    jobs = jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+    jobs, mark = [], Path(cfg.user) / "answers.json"
+    kept = cfg.resume and same_settings(mark, cfg)
+    for number, path in enumerate(found):
+        out = path.with_name(path.name.replace("input", "output"))
+        own, told = path.with_name("prompt.json"), pairs
+        if own.exists():
+            told = read_prompts(own, cfg.voices)
+            check_pairs(replace(cfg, prompts=str(own), first=0), model, tokenizer, told)
+        if not (kept and out.exists()):
+            out.unlink(missing_ok=True)
+            jobs.append((number, path, out, told[0][0]))
+    write_atomically(mark, lambda new: new.write_text(json.dumps({"settings": asdict(cfg)})))
     with tqdm(total=len(jobs), unit="recording") as bar:
         for k in range(0, len(jobs), cfg.batch):
             part = jobs[k:k + cfg.batch]
-            answer_batch(cfg, model, tokenizer, fmt, codec, part, sampling, pairs)
+            answer_batch(cfg, model, tokenizer, fmt, codec, part, sampling)
             bar.update(len(part))
     print(f"{cfg.user}: {len(jobs)} answers")
 

@@ -59,8 +59,8 @@ def choose(dialogues, settings):
     found, _ = segments.cut_all(dialogues, segments.Settings(data=settings.data))
     rng, chosen = random.Random(settings.seed), {}
     for axis, own in found.items():
-        openings = [segment for segment in own if segment["user"] == first_speaker(
-            dialogues[segment["dialogue"]], segment["begin"])]
+        openings = [segment for segment in own
+                    if opens(dialogues[segment["dialogue"]], segment)]
         rng.shuffle(openings)
         if axis == "backchannel":
             openings.sort(key=lambda segment: segment["begin"] - segment["end"])
@@ -70,11 +70,11 @@ def choose(dialogues, settings):
     return chosen
 
 
-def first_speaker(dialogue, frame):
-    """Who opens the dialogue, if at this frame, else None."""
-    opening = dialogue["utterances"][0]
-    rate = segments.frames_per_second(dialogue)
-    return opening["speaker_idx"] if int(opening["start_time"] * rate) == frame else None
+def opens(dialogue, segment):
+    """Whether the dialogue begins with this segment's user and telling."""
+    words = segments.words_of(dialogue)
+    first = min((word["start"], speaker) for speaker in (0, 1) for word in words[speaker])
+    return segment["user"] == first[1] and segment["begin"] == int(first[0] * FRAME_RATE)
 
 
 # ---- a sample: what the user says, and the JSON beside it ----

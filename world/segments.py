@@ -16,6 +16,7 @@ import math
 import random
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -136,8 +137,11 @@ FIND = {"pause": find_pause, "turn": find_turn, "backchannel": find_backchannel,
 
 
 def words_of(dialogue):
-    """Both speakers' words, backchannels included: two lists of {word, start, end}, seconds."""
-    return [[{"word": word["word"], "start": word["start"], "end": word["start"] + word["dur"]}
+    """Both speakers' words, backchannels included: two lists of {word, start, end}, in seconds of
+    the codes, so that t seconds is frame 12.5 t also where the annotation's clock differs."""
+    clock = frames_per_second(dialogue) / FRAME_RATE
+    return [[{"word": word["word"], "start": round(word["start"] * clock, 4),
+              "end": round((word["start"] + word["dur"]) * clock, 4)}
              for part, _, _ in spoken(dialogue, speaker) for word in part["words"]]
             for speaker in (0, 1)]
 
@@ -158,11 +162,10 @@ def utterances_of(dialogue, settings):
 
 def cut_dialogue(dialogue, index, settings):
     """A dialogue -> (its segments in the form of the JSON, reasons Counter of (axis, why not))."""
-    both, rate = utterances_of(dialogue, settings), frames_per_second(dialogue)
-    last = len(dialogue["dsu_c1_path"][0])
+    both, last = utterances_of(dialogue, settings), len(dialogue["dsu_c1_path"][0])
 
     def frames(begin, end):
-        return [int(begin * rate), min(math.ceil(end * rate), last)]
+        return [int(begin * FRAME_RATE), min(math.ceil(end * FRAME_RATE), last)]
     found, reasons = [], collections.Counter()
     for user, (axis, find) in itertools.product((0, 1), FIND.items()):
         own, other = both[user], both[1 - user]
@@ -222,6 +225,7 @@ def main(argv):
                          "than what separates utterances, and both are above 0")
     if settings.most < 0:
         raise InputError(f"most={settings.most}: must be at least 0")
+    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
     found, reasons = cut_all(load_dialogues(settings.data, settings.split), settings)
     for kind, why in reasons:
         if kind == "all":
