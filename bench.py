@@ -280,6 +280,8 @@ def talkers(model, tokenizer, fmt, rows, prompt, speaker_size):
 def bench_generation(cfg, config, machine):
     torch.manual_seed(0)
     model = random_model(cfg, config).to(machine.device, machine.dtype).eval()
+    for weight in model.parameters():  # as checkpoints are stored
+        weight.data = weight.data.bfloat16().to(machine.dtype)
     tokenizer = Ids(cfg.prompt, config.vocab_size)
     fmt = StreamFormat(max_frames=cfg.frames, codebook_size=cfg.codebook_size)
     for pairs in map(int, cfg.pairs.split()):

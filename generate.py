@@ -14,18 +14,20 @@ The file in reading order: how ids are drawn (Sampler, Draws), what the rows of 
 (Memory, decode_frame), the two together as a running batch (Conversation), a dialogue from its
 prompts to its codes (converse, talk), and what the command does with it.
 """
+import functools
+import itertools
 import json
 import math
 import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import matplotlib
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -320,7 +322,7 @@ class Memory:
 
     def place(self, rows):
         """Makes room for one more frame of `rows` (a slice). Returns (their slots (B,), rotation
-        for the ring, rotation for the prefix or None where it is the same, bias (B * heads, 1, S)
+        for the ring, rotation for the prefix or None where it is the same, bias (B * heads, S, 1)
         of the S slots in use)."""
         age = self.age[rows]
         slots = self.prefix_size + age % self.frames
@@ -330,7 +332,7 @@ class Memory:
         if longest >= self.frames:
             far = self.rotation(self.lengths[rows] + age.clamp(max=self.frames - 1))
         used = self.prefix_size + min(longest + 1, self.frames)
-        bias = self.bias[rows, None, :used].expand(-1, self.heads, -1).reshape(-1, 1, used)
+        bias = self.bias[rows, None, :used].expand(-1, self.heads, -1).reshape(-1, used, 1)
         return slots, near, far, bias
 
     def advance(self, rows):
@@ -345,52 +347,90 @@ def rotate(x, rotation):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attend(query, far_query, keys, values, bias, prefix_size):
+def attend(query, far_query, keys, values, bias, rows, prefix_size):
     """One frame's attention. query (B, heads, dim); far_query: the one for the prefix, or None;
-    keys, values (B, kv_heads, S, dim); bias (B * kv_heads, 1, S). Returns (B, heads * dim)."""
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # (B * kv_heads, S, dim)
-    scale = query.shape[-1] ** -0.5
+    keys, values: of Memory, of which `rows` are meant; bias (B * kv_heads, S, 1). Returns
+    (B, heads * dim)."""
+    used, dim = bias.shape[1], query.shape[-1]
+    near_keys = keys[rows, :, :used].flatten(0, 1)  # (B * kv_heads, S, dim)
 
-    def scores(query, keys, bias):  # the heads that share keys are rows of one product
-        query = query.reshape(len(keys), -1, query.shape[-1])
-        return torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=scale)
-    score = scores(query, keys, bias)  # (B * kv_heads, heads / kv_heads, S)
+    def scores(query, keys, bias):  # the heads that share keys are columns of one product
+        query = query.reshape(len(keys), -1, dim).transpose(1, 2)
+        return torch.baddbmm(bias, keys, query, alpha=dim ** -0.5)
+    score = scores(query, near_keys, bias)  # (B * kv_heads, S, heads / kv_heads)
     if far_query is not None:
-        score[..., :prefix_size] = scores(far_query, keys[:, :prefix_size], bias[..., :prefix_size])
-    weights = score.softmax(-1, dtype=torch.float32).to(values.dtype)
-    return (weights @ values).view(len(query), -1)
+        score[:, :prefix_size] = scores(far_query, near_keys[:, :prefix_size],
+                                        bias[:, :prefix_size])
+    weights = score.transpose(1, 2).softmax(-1, dtype=torch.float32).to(values.dtype)
+    return weighted_sum(weights, values, rows).view(len(query), -1)
 
 
-def decode_frame(backbone, x, memory, rows):
+def weighted_sum(weights, values, rows):
+    """weights (B * kv_heads, heads / kv_heads, S); values: of Memory -> the sums of the values of
+    `rows`, (B * heads, dim) in all."""
+    used = weights.shape[-1]
+    if values.is_cuda:
+        return weights @ values[rows, :, :used].flatten(0, 1)
+    # on a CPU a product of one row reads its matrix at half the speed of this
+    _, heads, slots, dim = values.shape
+    first = torch.arange(rows.start * heads, rows.stop * heads) * slots
+    places = (first[:, None] + torch.arange(used)).repeat_interleave(weights.shape[1], 0)
+    return F.embedding_bag(places, values.view(-1, dim), mode="sum",
+                           per_sample_weights=weights.flatten(0, 1))
+
+
+def linear(weight, bias=None):
+    """The linear layer x (B, in) -> x weightᵀ + bias (B, out) as a function, for few rows.
+
+    With few rows the time goes into reading the weights. FBGEMM, torch's library for CPUs with
+    AVX2, holds them as float16 in the order in which it reads them: a fifth of the time for two
+    rows, 60 % for 32. It is used where that loses nothing: for checkpoints stored in 16 bits.
+    """
+    if weight.is_cuda or "fbgemm" not in torch.backends.quantized.supported_engines:
+        return functools.partial(F.linear, weight=weight, bias=bias)
+    if (weight.half().float() - weight).abs().max() > 1e-7:
+        return functools.partial(project, weight=weight, bias=bias)
+    bias = None if bias is None else bias.float()
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), packed).to(x.dtype)
+
+
+def project(x, weight, bias=None):
+    """F.linear, in pieces of 1,024 outputs: on a CPU one long product of few rows takes half as
+    long again."""
+    biases = itertools.repeat(None) if bias is None else bias.split(1024)
+    return torch.cat([F.linear(x, *piece) for piece in zip(weight.split(1024), biases)], 1)
+
+
+def products(backbone):
+    """The linear layers in each of the backbone's layers, [{name: function of `linear`}]."""
+    return [{name: linear(module.weight, module.bias) for name, module in layer.named_modules()
+             if isinstance(module, nn.Linear)} for layer in backbone.base_model.layers]
+
+
+def decode_frame(backbone, matrices, x, memory, rows):
     """The backbone's forward pass for one frame of `rows` (a slice): transformers' for Llama, but
     keys and values are written to `memory` in place, and rows may differ in age.
 
-    x (B, hidden): the embedded frame -> (B, hidden).
+    matrices: of `products`; x (B, hidden): the embedded frame -> (B, hidden).
     """
     def norm(module, x):
         return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
     slots, near, far, bias = memory.place(rows)
-    network, used = backbone.base_model, bias.shape[-1]
-    number = torch.arange(rows.start, rows.stop, device=x.device)
-    for layer, keys, values in zip(network.layers, memory.keys, memory.values):
-        attention, h = layer.self_attn, norm(layer.input_layernorm, x)
-        query, key, value = (matrix(h).view(len(x), -1, memory.dim) for matrix in
-                             (attention.q_proj, attention.k_proj, attention.v_proj))
+    network, number = backbone.base_model, torch.arange(rows.start, rows.stop, device=x.device)
+    for layer, matrix, keys, values in zip(network.layers, matrices, memory.keys, memory.values):
+        h = norm(layer.input_layernorm, x)
+        query, key, value = (matrix[f"self_attn.{name}_proj"](h).view(len(x), -1, memory.dim)
+                             for name in "qkv")
         keys[number, :, slots], values[number, :, slots] = rotate(key, near), value
-        mixed = attend(rotate(query, near), None if far is None else rotate(query, far),
-                       keys[rows, :, :used], values[rows, :, :used], bias, memory.prefix_size)
-        x = x + attention.o_proj(mixed)
-        x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+        mixed = attend(rotate(query, near), None if far is None else rotate(query, far), keys,
+                       values, bias, rows, memory.prefix_size)
+        x = x + matrix["self_attn.o_proj"](mixed)
+        h = norm(layer.post_attention_layernorm, x)
+        gate = layer.mlp.act_fn(matrix["mlp.gate_proj"](h))
+        x = x + matrix["mlp.down_proj"](gate * matrix["mlp.up_proj"](h))
     memory.advance(rows)
     return norm(network.norm, x)
-
-
-def project(x, weight):
-    """x (B, hidden), weight (N, hidden) -> (B, N), for the long weights of the heads: on a CPU in
-    pieces, since one long product of few rows takes half as long again."""
-    if x.is_cuda:
-        return F.linear(x, weight)
-    return torch.cat([F.linear(x, part) for part in weight.split(1024)], 1)
 
 
 # ---- a running batch ----
@@ -449,7 +489,13 @@ class Conversation:
         self.model, self.delay, self.may_end = model, fmt.delay, may_end
         frames = min(frames or trained, trained, room)
         self.memory = Memory(model.backbone, size, prefix_size, frames, like=head.weight)
-        vocabulary = len(model.backbone.get_output_embeddings().weight)
+        self.matrices = products(model.backbone)
+        text_head = model.backbone.get_output_embeddings()
+        self.text_head = linear(text_head.weight, text_head.bias)
+        # the audio head's first half: who hears needs no other
+        system = model.num_codebooks * (model.codebook_size + 2)
+        self.audio_head = linear(head.weight[:system], head.bias[:system])
+        vocabulary = len(text_head.weight)
         decisions = torch.zeros(vocabulary, dtype=torch.bool, device=head.weight.device)
         decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
         self.draws = Draws(decisions, model.num_codebooks, size)
@@ -509,19 +555,15 @@ class Conversation:
         next one."""
         audio = torch.cat([self.said[rows], user_codes], 1)[..., None]  # (B, 2K, 1)
         x = self.model.embed_frames(audio, self.text[rows, None])[:, 0]
-        return decode_frame(self.model.backbone, x, self.memory, rows)
+        return decode_frame(self.model.backbone, self.matrices, x, self.memory, rows)
 
     def _draw(self, hidden, rows, audio=True):
         """The next frame of `rows` from hidden (B, hidden)."""
-        model, memory = self.model, self.memory
+        memory, width = self.memory, self.model.codebook_size + 2
         u = self.draws.uniform(rows, memory.ages, memory.age[rows])
-        head = model.backbone.get_output_embeddings()
-        self.text[rows] = self.draws.text(project(hidden, head.weight), u, rows)
+        self.text[rows] = self.draws.text(self.text_head(hidden), u, rows)
         if audio:
-            width = model.codebook_size + 2
-            system = model.num_codebooks * width  # the head's first half: who hears needs no other
-            logits = project(hidden, model.dsu_head.weight[:system]) + model.dsu_head.bias[:system]
-            logits = logits.view(len(hidden), -1, width)  # (B, K, C+2)
+            logits = self.audio_head(hidden).view(len(hidden), -1, width)  # (B, K, C+2)
             logits[..., width - 2] = -torch.inf  # no delay id: it only stands in front of the audio
             if not self.may_end:
                 logits[..., width - 1] = -torch.inf
@@ -723,7 +765,7 @@ def check_speaker(speaker, where):
 def data_prompts(cfg, fmt):
     """Prompts of `n` dialogues of a split, from `first` on, in the form of read_prompts."""
     opened = load_dialogues(cfg.data, cfg.split, streaming=True)  # fetches no more than is taken
-    taken = list(islice(opened, cfg.first, cfg.first + cfg.n)) if cfg.first >= 0 else []
+    taken = list(itertools.islice(opened, cfg.first, cfg.first + cfg.n)) if cfg.first >= 0 else []
     if cfg.n < 1 or len(taken) < cfg.n:
         raise InputError(f"first={cfg.first}, n={cfg.n}: {cfg.data} has {sum(1 for _ in opened)} "
                          f"dialogues in split '{cfg.split}'")

@@ -283,12 +283,15 @@ class Words:
         return [100 + i for i in range(len(tokens))]
 
 
-def tiny_model(layers=2, positions=4096):
+def tiny_model(layers=2, positions=4096, stored=torch.float16):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=200, hidden_size=32, num_hidden_layers=layers,
                          num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
                          max_position_embeddings=positions, initializer_range=0.3)
-    return FActor(LlamaForCausalLM(config), 2, 20, 8).eval()
+    model = FActor(LlamaForCausalLM(config), 2, 20, 8).eval()
+    for weight in model.parameters():
+        weight.data = weight.data.to(stored).float()
+    return model
 
 
 @pytest.fixture
@@ -314,9 +317,11 @@ def start(model, prompts, frames=0, size=4, seeds=(0,)):
 
 
 @torch.no_grad()
-def test_a_frame_is_the_models_forward_pass(hidden):
-    """Grouped heads, prompts of two lengths: transformers' hidden states to 1e-4."""
-    model, prompts, made = tiny_model(), ["hello", "you there"], []
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_a_frame_is_the_models_forward_pass(hidden, stored):
+    """Grouped heads, prompts of two lengths: transformers' hidden states to 1e-4, whichever way the
+    products of these weights are computed."""
+    model, prompts, made = tiny_model(stored=stored), ["hello", "you there"], []
     batch, begin = start(model, prompts)
     for _ in range(12):
         user = batch.said[:2].flip(0)
