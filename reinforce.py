@@ -6,7 +6,12 @@
 
 The method is that of "Multi-Faceted Interactivity Alignment" (Ohashi et al., arXiv 2606.11167): of
 one prompt, or one recorded user, sample a group of dialogues; decisions of those that are better
-than the group's mean become likelier. What it leaves out of GRPO, and why:
+than the group's mean become likelier:
+
+    loss = mean over B rows, sum over frames / F of (-A log pi(c_t) + kl * KL(pi || pi_start)_t)
+    A = sum over rewards k of w_k (R_k - mean of the group) / spread_k
+
+What it leaves out of GRPO, and why:
 
 1. Ratio and clip: one update per batch of rollouts, so what is updated is what sampled.
 2. The group's standard deviation: where all rewards are nearly equal it makes unit advantages out
@@ -39,14 +44,14 @@ import torch.distributed as dist
 
 import train
 from config import InputError, load_settings, use_threads, write_atomically
-from data import EXTRA_TOKENS, SILENCE_PAD, collate, load_dialogues, mark_kind, streams
+from data import SILENCE_PAD, load_dialogues
 from generate import Sampler
 from model import load_checkpoint, save_checkpoint
 from rewards import AXES, WEIGHTS, count_figures, draw_curves, merged, score, write_log
 from rewrite import load_chat_model
-from rollout import draw_rows, held_out_rows, pad_rows, read_scenes
+from rollout import anchor_batch, draw_rows, held_out_rows, pad_rows, read_scenes, text_ids
 
-MAY_CHANGE = ("resume", "out", "updates", "eval_every", "rows", "threads", "save_dtype")
+MAY_CHANGE = ("resume", "out", "updates", "eval_every", "micro_batch", "threads", "save_dtype")
 
 
 @dataclass
@@ -73,10 +78,10 @@ class Config:
     frames: int = 400  # most of a dialogue; the constant that losses are divided by
     kl: float = 0.02
     anchor: float = 0.1  # weight of the supervised loss, of four sides an update and process
-    lr: float = 4e-5  # falls linearly to 0
+    lr: float = 4e-5  # rises in five updates, falls linearly to 0
     clip: float = 1.0  # gradient norm
     updates: int = 100
-    rows: int = 8  # sides at a time in the forward pass
+    micro_batch: int = 8  # rows at a time in the update
     control: float = 0.0  # of the rule: added to a mark's logit for every event that is due
     eval_every: int = 10  # updates
     eval_pairs: int = 24  # held-out prompts, and segments of each axis
@@ -188,37 +193,36 @@ def update(run, rows):
     """One step on rows with advantages and on a batch of the data set. Returns what is logged."""
     cfg, sums = run.cfg, np.zeros(2)
     rows = sorted(rows, key=lambda row: len(row["text"]))  # little padding
-    for k in range(0, len(rows), cfg.rows):
-        losses = policy_loss(run, rows[k:k + cfg.rows])
+    for k in range(0, len(rows), cfg.micro_batch):
+        losses = policy_loss(run, rows[k:k + cfg.micro_batch])
         ((losses[0] + cfg.kl * losses[1]) / (len(rows) * cfg.frames)).backward()
         sums += [x.item() for x in losses]
     if cfg.anchor:
         rng = Random(f"anchor/{cfg.seed}/{run.step}/{run.rank}")
         keys = [(rng.randrange(len(run.dialogues["train"])), rng.randrange(2)) for _ in range(4)]
         (cfg.anchor * supervised_loss(run, "train", keys)["loss"]).backward()
-    for p in run.model.parameters():
-        if run.world > 1 and p.grad is not None:
-            dist.all_reduce(p.grad.div_(run.world))
+    for p in run.model.parameters() if run.world > 1 else ():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad / run.world
+        dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.clip)
-    for group in run.optimizer.param_groups:
-        group["lr"] = cfg.lr * (1 - run.step / max(1, cfg.updates))
+    if not norm.isfinite():
+        raise InputError(f"the gradient is {norm.item()} at update {run.step + 1}; lower lr")
+    for group in run.optimizer.param_groups:  # AdamW's first steps are large whatever the gradient
+        group["lr"] = cfg.lr * min((run.step + 1) / 5, 1 - run.step / cfg.updates)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    policy, kl = (sums / sum(row["end"] - row["begin"] for row in rows)).tolist()
+    policy, kl = (sums / max(1, sum(row["end"] - row["begin"] for row in rows))).tolist()
     return {"policy_loss": policy, "kl": kl, "grad_norm": norm.item()}
 
 
 def supervised_loss(run, split, keys):
     """The losses of model.FActor.loss, with the weights the checkpoint was trained with, on
-    dialogues of the data set, keys [(index, side)]. What cannot be laid out is left out."""
+    dialogues of the data set, keys [(index, side)]."""
     known = {f.name for f in fields(train.Config)}
     stored = run.trained.get("train_config") or {}
     cfg = train.Config(**{key: value for key, value in stored.items() if key in known})
-    items = [streams(run.dialogues[split][i], side, run.tokenizer, run.fmt) for i, side in keys]
-    batch = collate([x for x in items if x], run.tokenizer.eos_token_id, run.fmt)
-    batch = {key: x if x is None else x.to(run.device) for key, x in batch.items()}
     silence = run.tokenizer.convert_tokens_to_ids(SILENCE_PAD)
-    return train.losses_of(run.model, batch, cfg, run.bf16, silence)
+    return train.losses_of(run.model, anchor_batch(run, split, keys), cfg, run.bf16, silence)
 
 
 # ---- held out ----
@@ -285,7 +289,7 @@ def keep(run):
           "| best so far" if is_best else "", flush=True)
     write_atomically(out / "log.csv", lambda path: write_log(path, run.log))
     write_atomically(out / "curves.png", lambda path: draw_curves(path, run.log))
-    extra = run.trained | {"reinforced": {"updates": run.step, **asdict(cfg)}}
+    extra = run.trained | {"sampling": run.sampling, "reinforced": {"updates": run.step}}
     for name in ["last", "best"] if is_best else ["last"]:
         save_checkpoint(out / name, run.model, run.tokenizer, run.fmt, extra,
                         getattr(torch, cfg.save_dtype))
@@ -300,9 +304,9 @@ def keep(run):
 
 def check_settings(cfg):
     """Raise InputError on settings that are out of range."""
-    least = {"group": 2, "frames": 1, "rows": 1, "eval_every": 1, "eval_pairs": 1, "pairs": 0,
-             "backchannels": 0, "interruptions": 0, "per_axis": 1, "context": 0, "updates": 0,
-             "kl": 0, "anchor": 0, "threads": 0, "lr": 1e-9, "clip": 1e-9}
+    least = {"group": 2, "frames": 1, "micro_batch": 1, "eval_every": 1, "eval_pairs": 1,
+             "pairs": 0, "backchannels": 0, "interruptions": 0, "per_axis": 1, "context": 0,
+             "updates": 0, "kl": 0, "anchor": 0, "threads": 0, "lr": 1e-9, "clip": 1e-9}
     for key, low in least.items():
         if not low <= getattr(cfg, key) < math.inf:
             raise InputError(f"{key}={getattr(cfg, key)}: must be a number, at least {low}")
@@ -311,27 +315,16 @@ def check_settings(cfg):
     for key, values in choices.items():
         if getattr(cfg, key) not in values:
             raise InputError(f"{key}={getattr(cfg, key)}: use {' or '.join(values)}")
-    if not {*cfg.axes.split()} <= {*AXES}:
+    if not cfg.axes.split() or not {*cfg.axes.split()} <= {*AXES}:
         raise InputError(f"axes={cfg.axes}: known are {', '.join(AXES)}")
-    if not cfg.pairs and not cfg.segments:
-        raise InputError("pairs=0 and no segments: nothing is rewarded; give one of them")
+    if bool(cfg.segments) != bool(cfg.val_segments) or not (cfg.pairs or cfg.segments):
+        raise InputError(f"pairs={cfg.pairs}, segments={cfg.segments}, val_segments="
+                         f"{cfg.val_segments}: give pairs, or both files, or all")
     if cfg.control and cfg.updates:
         raise InputError(f"control={cfg.control} is instead of learning: add updates=0")
     if cfg.resume != (Path(cfg.out) / "state.pt").exists():
         raise InputError(f"resume=true, but there is no {cfg.out}/state.pt" if cfg.resume else
                          f"{cfg.out} already holds a run; add resume=true, or give another out=")
-
-
-def text_ids(tokenizer, size, device):
-    """Which text ids are decisions, and the classes of all, as of Run: two (V,)."""
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    classes = torch.full((size,), 3)
-    classes[tokenizer.convert_tokens_to_ids([SILENCE_PAD, tokenizer.eos_token])] = 0
-    for number, kind in ((1, "backchannel"), (2, "interruption")):
-        classes[[k for k, token in enumerate(tokens) if mark_kind(token) == kind]] = number
-    decisions = torch.zeros(size, dtype=torch.bool)
-    decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
-    return decisions.to(device), classes.to(device)
 
 
 def setup(cfg):

@@ -25,17 +25,18 @@ WEIGHTS = {  # of the rewards, each in units of its spread
     "backchannels": 1.0, "interruptions": 1.0, "pace": 0.5, "overlap": 0.5, "marks": 0.25,
     "yields": 0.25, "words": 0.5, "pause": 1.0, "turn": 1.0, "backchannel_f1": 1.0, "delay": 1.0,
     "answer": 0.5, "judge": 0.5}
-BRIEF = 1.0  # longer speech is no backchannel
+BRIEF = 1.0  # seconds: longer speech is no backchannel, but a takeover (arXiv 2606.11167)
+EARLY, LATE = 0.25, 0.75  # seconds of an answer before and after a turn's end that are worth half
 
 
 def find_segments(texts, tokenizer):
-    """Text rows of both speakers -> labelled segments of turns.py, each with the `kind` of its
-    mark."""
+    """Text rows of both speakers -> labelled segments of turns.py, each with `kinds`, of the
+    marks in it."""
     words = [stream_words(text, tokenizer) for text in texts]
-    kinds = {(side, word["start"]): mark_kind(word["kind"])
-             for side, own in enumerate(words) for word in own}
     segments = label_segments(merge_words(words))
-    return [s | {"kind": kinds[s["speaker"], s["start"]]} for s in segments]
+    return [s | {"kinds": [mark_kind(word["kind"]) for word in words[s["speaker"]]
+                           if word["kind"] and s["start"] <= word["start"] < s["end"]]}
+            for s in segments]
 
 
 def is_backchannel(s):
@@ -47,39 +48,42 @@ def words_of(segments):
     return " ".join(s["text"] for s in segments)
 
 
-def count_events(own):
+def count_own(own):
     """(backchannels, interruptions) among the segments of one side."""
     return (sum(is_backchannel(s) for s in own), sum(s["label"] == "interruption" for s in own))
 
 
-def instruction_rewards(own, other, asked):
-    """{name: reward} of a side. own, other: segments; asked: (backchannels, interruptions)."""
-    found = count_events(own)
+def instruction_rewards(own, other, asked, seconds):
+    """{name: reward} of a side. own, other: segments; asked: (backchannels, interruptions);
+    seconds: of the dialogue, in which nearly all sides of the small world say a word in two."""
+    found = count_own(own)
     times = [s["start"] for s in own if is_backchannel(s)]
     long = [s for s in own if s["label"] == "backchannel" and not is_backchannel(s)]
-    mistaken = [s for s in own if s["kind"] not in ("", s["label"])]  # a mark is no free point
+    mistaken = [kind for s in own for kind in s["kinds"] if kind != s["label"]]  # no free points
     cut = [mine["end"] - s["start"] for s in other if s["label"] == "interruption"
            for mine in own if mine["start"] < s["start"] < mine["end"]]
     return {"backchannels": -abs(found[0] - asked[0]),
             "interruptions": -abs(found[1] - asked[1]),
-            "pace": -unevenness(times, other, asked[0]),
+            "pace": -unevenness(times, other),
             "overlap": -len(long), "marks": -len(mistaken),
             "yields": -sum(goes_on(seconds) for seconds in cut),
-            "words": -float(is_poor(own, least=5))}
+            "words": -float(is_poor(own, least=max(5, seconds / 2)))}
 
 
-def unevenness(times, other, asked):
-    """Mean over the other's speech of |backchannels so far - asked * share of it passed|: without,
-    they come in bunches."""
+def unevenness(times, other):
+    """Mean over the other's speech of |share of the own backchannels so far - share of that speech
+    passed|: without, they come in bunches. How many they are makes no difference."""
     passed = [t for s in other for t in np.arange(s["start"], s["end"], 1 / FRAME_RATE)]
-    share = np.arange(1, len(passed) + 1) / max(1, len(passed))
-    so_far = np.searchsorted(np.sort(times), np.sort(passed), "right")
-    return float(np.abs(so_far - asked * share).mean()) if passed else 0.0
+    if not passed or not times:
+        return 0.0
+    so_far = np.searchsorted(np.sort(times), np.sort(passed), "right") / len(times)
+    return float(np.abs(so_far - np.arange(1, len(passed) + 1) / len(passed)).mean())
 
 
 def goes_on(seconds):
-    """From 0 to 1: how far speech of so many seconds goes on after an interruption."""
-    return min(1.0, max(0.0, (seconds - 0.64) / 0.96))
+    """From 0 to 1: how far speech of so many seconds goes on after an interruption: from 8 frames
+    on, a time to react, it counts, and 20 are all of it."""
+    return min(1.0, max(0.0, (seconds - 8 / FRAME_RATE) / (12 / FRAME_RATE)))
 
 
 def is_poor(own, least):
@@ -95,21 +99,22 @@ def axis_rewards(axis, own, events, end):
     depends on the axis (world/segments.py); end: of the segment. The paper's, but for `turn`."""
     new = [s for s in own if 0 <= s["start"] < end]  # what began before is the recording's
     long = [s for s in new if s["end"] - s["start"] > BRIEF]
-    if axis == "pause":  # the user only pauses
-        return {"pause": -float(bool(long))}
+    if axis == "pause":  # the user only pauses; many brief pieces are a takeover too
+        spoken = sum(s["end"] - s["start"] for s in new)
+        return {"pause": -float(bool(long) or spoken > 2 * BRIEF)}
     if axis == "turn":  # the paper's minus delay pays for barging in
         late = long[0]["start"] - events[-1][1] if long else math.inf
-        return {"turn": math.exp(-0.5 * (late / (0.75 if late > 0 else 0.25)) ** 2),
+        return {"turn": math.exp(-0.5 * (late / (LATE if late > 0 else EARLY)) ** 2),
                 "answer": answer(long)}
     if axis == "backchannel":
         return {"backchannel_f1": f1([s["start"] for s in new if s not in long],
                                      [begin for begin, _ in events], len(long))}
     begin, stop = events[-1]  # the user interrupts
-    before = [s for s in own if s["start"] < begin]
-    late = [s["start"] - stop for s in new if s["start"] >= stop - 0.4]
-    yielded = goes_on(max(s["end"] for s in before) - begin) if before else 1.0  # silence is none
-    return {"delay": -min([*late, end - stop]), "yields": -yielded,
-            "answer": answer([s for s in long if s["start"] >= stop - 0.4])}
+    cut = [s["end"] - begin for s in own if s["start"] < begin < s["end"]]
+    answers = [s for s in long if s["start"] > begin and s["start"] >= stop - EARLY]
+    late = abs(answers[0]["start"] - stop) if answers else end - stop
+    return {"delay": -late, "answer": answer(answers),  # who was silent has yielded nothing
+            "yields": 1 - goes_on(max(cut)) if cut else 0.0}
 
 
 def answer(segments):
@@ -142,7 +147,7 @@ def rate(judge, rows):
     rows = [row for row in rows if row.get("axis") not in ("pause", "backchannel")]
     prompts = [JUDGE.format(user=row["heard"], own=row["said"]) for row in rows]
     for row, text in zip(rows, write(*judge, prompts, 1, 0) if rows else ()):
-        row["rewards"]["judge"] = float(next((c for c in text if c in "012"), "0"))
+        row["rewards"]["judge"] = {"1": 1.0, "2": 2.0}.get(text.strip()[:1], 0.0)
 
 
 # ---- what is logged ----
@@ -162,11 +167,12 @@ def count_figures(counted):
 
 
 def score(found):
-    """Of `evaluate`: the mean correlation of the counts, or, without that task, of the axes'
-    rewards."""
-    names = [key for key in found if key.startswith("r_")]
-    names = names or [f"held_out_{key}" for key in ("pause", "turn", "backchannel_f1", "delay")]
-    return float(np.mean([found[key] for key in names if key in found]))
+    """What the best is chosen by: for each kind of event Pearson r minus the mean error; and the
+    axes' rewards. r alone would not see a number that is always too large."""
+    parts = [found[key] for key in found if key.startswith("r_")]
+    parts += [-found[key] for key in found if key.startswith("mae_")]
+    axes = ("pause", "turn", "backchannel_f1", "delay")
+    return float(sum(parts) + sum(found.get(f"held_out_{key}", 0.0) for key in axes))
 
 
 def merged(parts):

@@ -11,12 +11,24 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from config import InputError, read_json
-from data import FRAME_RATE, make_prompt, pad_left, prompt_parts, segments, streams
+from data import (
+    EXTRA_TOKENS,
+    FRAME_RATE,
+    SILENCE_PAD,
+    collate,
+    make_prompt,
+    mark_kind,
+    pad_left,
+    prompt_parts,
+    segments,
+    spoil,
+    streams,
+)
 from generate import LOOK, Conversation, Draws, Prefix, Sampler, read_prefix, stream_words
 from rewards import (
     AXES,
     axis_rewards,
-    count_events,
+    count_own,
     find_segments,
     instruction_rewards,
     rate,
@@ -65,6 +77,9 @@ def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
     frames = scene["text"].shape[1] if scenes else run.cfg.frames
     batch = Conversation(model, run.tokenizer, run.fmt, len(order), prefix.mask.shape[1],
                          frames + d, may_end=not scenes)
+    if batch.memory.frames < frames + d:
+        raise InputError(f"the longest prompt and {frames} frames are more than the model's "
+                         f"{model.backbone.config.max_position_embeddings} positions; frames=")
     if asked is not None:
         batch.draws = Steered(run.decisions, model.num_codebooks, len(order))
     rng = random.Random(seed)
@@ -160,13 +175,13 @@ def talks(run, dialogues, group, seed):
     rows = []
     for i, pair in enumerate(pairs.tolist()):
         both = [text[2 * i + side, :frames[2 * i]] for side in (0, 1)]
-        found = find_segments(both, run.tokenizer)
+        found, seconds = find_segments(both, run.tokenizer), int(frames[2 * i]) / FRAME_RATE
         for side, k in enumerate(pair):
             own, other = ([s for s in found if s["speaker"] == who] for who in (side, 1 - side))
             rows.append(row_of(
                 run, prompts[k], speakers[k], audio[2 * i + side], both[side], 0,
-                int(frames[2 * i]), ("talk", k), instruction_rewards(own, other, asked[k]),
-                asked=asked[k], found=count_events(own), heard=words_of(other), said=words_of(own)))
+                int(frames[2 * i]), ("talk", k), instruction_rewards(own, other, asked[k], seconds),
+                asked=asked[k], found=count_own(own), heard=words_of(other), said=words_of(own)))
     return rows
 
 
@@ -178,14 +193,14 @@ def listenings(run, scenes, group, seed):
     for b in range(len(text)):
         k, end = b // group, int(frames[b])
         scene, row = scenes[k], text[b, :end]
-        own = merge_words([stream_words(row, run.tokenizer), []])
-        for s in own:
-            s["start"] -= scene["context"] / FRAME_RATE
-            s["end"] -= scene["context"] / FRAME_RATE
+        before, new = (merge_words([stream_words(part, run.tokenizer), []])
+                       for part in (row[:scene["context"]], row[scene["context"]:]))
+        earlier = scene["context"] / FRAME_RATE
+        own = [s | {"start": s["start"] - earlier, "end": s["end"] - earlier} for s in before] + new
         rewards = axis_rewards(scene["axis"], own, scene["events"], scene["end"])
         rows.append(row_of(run, prompts[k], speakers[k], audio[b], row, scene["context"], end,
                            ("scene", k), rewards, axis=scene["axis"], heard=scene["heard"],
-                           said=words_of(s for s in own if s["start"] >= 0)))
+                           said=words_of(new)))
     return rows
 
 
@@ -200,15 +215,16 @@ def draw_rows(run):
     if cfg.pairs:
         drawn = [dialogues[rng.randrange(len(dialogues))] for _ in range(cfg.pairs)]
         rows += talks(run, drawn, cfg.group, seed)
-    if run.scenes["train"]:
+    if run.scenes["train"] and cfg.method != "raft":
         context = rng.choice([0, rng.randint(0, cfg.context)])
         entries = [entry for axis in cfg.axes.split() for entry in
                    rng.choices(run.scenes["train"][axis], k=cfg.per_axis)]
         scenes = [scene_of(run, entry, dialogues[entry["dialogue"]], context) for entry in entries]
-        rows += listenings(run, [scene for scene in scenes if scene], cfg.group, seed)
+        if scenes := [scene for scene in scenes if scene]:
+            rows += listenings(run, scenes, cfg.group, seed)
     if run.judge:
         rate(run.judge, rows)
-    return rows
+    return [row for row in rows if row["end"] > row["begin"]]
 
 
 def held_out_rows(run):
@@ -238,7 +254,8 @@ def read_scenes(path, split, dialogues, fmt, axes):
             raise InputError(f"{path}: is of split {found['split']}, not {split}; cut that one")
         for entry in found["segments"]:
             length = min(len(dialogues[entry["dialogue"]]["dsu_c1_path"][0]), fmt.max_frames)
-            if not 0 <= entry["begin"] < entry["end"] or not entry["events"]:
+            if (not 0 <= entry["begin"] < entry["end"] or not entry["events"]
+                    or entry["dialogue"] < 0):
                 raise InputError(f"{path}: the segment {entry} is none; {what}")
             if entry["end"] <= length and entry["user"] in (0, 1):
                 kept[entry["axis"]].append(entry)
@@ -263,3 +280,29 @@ def pad_rows(rows, end_token, device):
               for x in (audio[..., :-1], text[:, :-1], prompt, speaker, mask)]
     frame = torch.arange(text.shape[1], device=device)
     return inputs, text.to(device), (begin <= frame) & (frame < end), advantage
+
+
+def anchor_batch(run, split, keys):
+    """Dialogues of the data set, keys [(index, side)], as a batch of data.collate for the
+    supervised loss; what the model hears itself say is spoiled as in its training."""
+    items = [streams(run.dialogues[split][i], side, run.tokenizer, run.fmt) for i, side in keys]
+    if not any(items):
+        raise InputError(f"none of the dialogues {keys} of {run.cfg.data} can be laid out")
+    batch = collate([item for item in items if item], run.tokenizer.eos_token_id, run.fmt)
+    wrong = (run.trained.get("train_config") or {}).get("wrong_history", 0)
+    if wrong and split == "train":
+        seeds = [i + run.step for i in range(len(batch["text"]))]
+        batch["history"] = spoil(batch, wrong, run.fmt, seeds)
+    return {key: x if x is None else x.to(run.device) for key, x in batch.items()}
+
+
+def text_ids(tokenizer, size, device):
+    """Which text ids are decisions, and the classes of all, as of Run: two (V,)."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    classes = torch.full((size,), 3)
+    classes[tokenizer.convert_tokens_to_ids([SILENCE_PAD, tokenizer.eos_token])] = 0
+    for number, kind in ((1, "backchannel"), (2, "interruption")):
+        classes[[k for k, token in enumerate(tokens) if mark_kind(token) == kind]] = number
+    decisions = torch.zeros(size, dtype=torch.bool)
+    decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
+    return decisions.to(device), classes.to(device)

@@ -16,7 +16,7 @@ from model import load_checkpoint, new_model, save_checkpoint
 from rollout import scene_of
 
 WORDS = ["frames=24", "pairs=2", "group=4", "eval_pairs=2", "updates=2", "eval_every=1",
-         "threads=1", "rows=16"]
+         "threads=1", "micro_batch=16"]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_counts_follow_on_a_toy(start, monkeypatch):
     all the prompt here. The reward counts marks alone, for a random model says no words."""
     monkeypatch.setattr("rollout.make_prompt", lambda *parts: f"{parts[3]}")
     run = start("updates=50", "frames=10", "pairs=8", "group=4", "lr=1e-2", "anchor=0", "kl=0",
-                "rows=64", "backchannels=6", axes=False)
+                "micro_batch=64", "backchannels=6", axes=False)
 
     def draw(step):
         run.step, rows = step, reinforce.draw_rows(run)
@@ -240,26 +240,26 @@ def test_scene(start, dialogues):
     assert "starts the dialogue: False" in scene_of(run, entry, dialogue, 0)["prompt"]
 
 
-def said(start, end, text="yes", label="turn", kind="", speaker=0):
-    return {"start": start, "end": end, "text": text, "label": label, "kind": kind,
+def said(start, end, text="yes", label="turn", kinds=(), speaker=0):
+    return {"start": start, "end": end, "text": text, "label": label, "kinds": kinds,
             "speaker": speaker}
 
 
 def test_instruction_rewards():
     other = [said(0, 6, "a b c d e f", speaker=1)]
-    brief = said(2, 2.5, label="backchannel", kind="backchannel")
-    long = said(3, 5, "a b c d", "backchannel", "backchannel")
-    found = rewards.instruction_rewards([brief, long], other, (2, 1))
+    brief = said(2, 2.5, label="backchannel", kinds=["backchannel"])
+    long = said(3, 5, "a b c d", "backchannel", ["backchannel"])
+    found = rewards.instruction_rewards([brief, long], other, (2, 1), 9)
     assert (found["backchannels"], found["interruptions"]) == (-1, -1)
     assert (found["overlap"], found["marks"], found["words"]) == (-1, 0, 0)
     even = [said(t, t + 0.3, label="backchannel") for t in (1.5, 4.5)]
     bunched = [said(t, t + 0.3, label="backchannel") for t in (0.2, 0.8)]
-    assert (rewards.instruction_rewards(even, other, (2, 0))["pace"]
-            > rewards.instruction_rewards(bunched, other, (2, 0))["pace"] + 0.2)
-    cut = [said(4, 7, "no wait", "interruption", "backchannel", 1)]
-    found = rewards.instruction_rewards([said(0, 6, "a b a b a b a b")], cut, (0, 0))
+    assert (rewards.instruction_rewards(even, other, (2, 0), 9)["pace"]
+            > rewards.instruction_rewards(bunched, other, (2, 0), 9)["pace"] + 0.2)
+    cut = [said(4, 7, "no wait", "interruption", ["backchannel"], 1)]
+    found = rewards.instruction_rewards([said(0, 6, "a b a b a b a b")], cut, (0, 0), 9)
     assert (found["yields"], found["words"]) == (-1, -1)  # it goes on for 2 s, and repeats
-    assert rewards.instruction_rewards(cut, [], (0, 1))["marks"] == -1
+    assert rewards.instruction_rewards(cut, [], (0, 1), 9)["marks"] == -1
 
 
 def test_axis_rewards():
@@ -277,9 +277,13 @@ def test_axis_rewards():
     assert rewards.axis_rewards("backchannel", [], events, 9)["backchannel_f1"] == 0
     speaking = said(-1, 4.2, "so as i said")
     good = rewards.axis_rewards("interruption", [speaking, turn], [[4, 5]], 9)
-    assert good["yields"] == 0 and good["delay"] == pytest.approx(-0.2) and good["answer"] == 1
+    assert good["yields"] == 1 and good["delay"] == pytest.approx(-0.2) and good["answer"] == 1
+    brief = rewards.axis_rewards("interruption", [said(-1, 0, "oh"), said(5, 5.4)], [[4, 5]], 9)
+    assert brief == {"delay": -4, "yields": 0, "answer": 0}  # nor has who spoke long ago yielded
+    pieces = [said(t, t + 0.8) for t in (1, 3, 5)]
+    assert rewards.axis_rewards("pause", pieces, [], 9) == {"pause": -1}
     silent = rewards.axis_rewards("interruption", [], [[4, 5]], 9)
-    assert silent == {"delay": -4, "yields": -1, "answer": 0}
+    assert silent == {"delay": -4, "yields": 0, "answer": 0}
 
 
 def test_control_follows_what_is_due(start):
@@ -295,14 +299,15 @@ def test_control_follows_what_is_due(start):
 
 
 def test_what_is_wrong_is_one_line(folder, start, tmp_path):
-    for words, message in ((["group=1"], "at least 2"), (["policy=words"], "classes or tokens"),
-                           (["axes=turn pauses"], "known are pause"), (["control=1"], "updates=0"),
-                           (["frames=400"], "max_frames"),
-                           (["resume=true"], "no "), ([f"segments={folder}/validation.json"],
-                                                      "is of split validation")):
+    for words, message in (
+            (["group=1"], "at least 2"), (["policy=words"], "classes or tokens"),
+            (["axes=turn pauses"], "known are pause"), (["axes="], "known are"),
+            (["control=1"], "updates=0"), (["frames=400"], "max_frames"), (["resume=true"], "no "),
+            (["val_segments="], "both files"),
+            ([f"segments={folder}/validation.json"], "is of split validation")):
         with pytest.raises(InputError, match=message):
             start(*words)
-    with pytest.raises(InputError, match="nothing is rewarded"):
+    with pytest.raises(InputError, match="give pairs"):
         start("pairs=0", axes=False)
     (tmp_path / "s.json").write_text('{"split": "train", "segments": [{"axis": "turn"}]}')
     with pytest.raises(InputError, match="does not fit the data set"):
@@ -310,4 +315,4 @@ def test_what_is_wrong_is_one_line(folder, start, tmp_path):
     for name in ("nano", "factor"):
         config = f"{ROOT}/configs/reinforce_{name}.yaml"
         assert reinforce.load_settings(reinforce.Config, [config]).kl == 0.02
-    assert math.isfinite(rewards.score({"r_backchannels": 0.5, "r_interruptions": 0.1}))
+    assert math.isfinite(rewards.score({"r_backchannels": 0.5, "mae_backchannels": 0.1}))
