@@ -484,7 +484,8 @@ def make_rows(transcript, recording, settings, report):
         set_clock(row, codes.shape[2], frame_rate)
         check(row, codec, transcript)
     report["pieces"] = len(rows)
-    report["seconds"] = sum(row["utterances"][-1]["end_time"] for row in rows)
+    kept = sum(row["utterances"][-1]["end_time"] for row in rows)  # the last frame padded
+    report["seconds"] = min(kept, report["recorded"])
     return rows
 
 
