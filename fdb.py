@@ -237,7 +237,10 @@ def score_sample(sample, settings):
         return {"stop": stop, "response": response}
     words = hear(sample, settings)
     if sample["axis"] == "backchannel":
-        figures = score_backchannel(words, *speech(folder / settings.output), sample["truth"])
+        segments, seconds = speech(folder / settings.output)
+        # Silero VAD gives seconds to a tenth, and so the benchmark takes them
+        segments = [(round(start, 1), round(end, 1)) for start, end in segments]
+        figures = score_backchannel(words, segments, seconds, sample["truth"])
     else:
         score = {"pause": score_pause, "turn": score_turn, "interruption": score_interruption}
         figures = score[sample["axis"]](words, sample)
