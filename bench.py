@@ -1,7 +1,7 @@
 """How fast is it on this machine, and how fast could it be? On random weights and dialogues.
 
     python bench.py [hidden=384 layers=6 vocab=8192 codebook_size=4032 prompt=160 frames=800 batch=4
-        parts="training generation codec live"]
+        parts="training generation codec live long"]
     python bench.py parts=training backbone=configs/llama-3.2-1b prompt=300 frames=2048 batch=1 \\
         accumulation=8 budget_gb=40              # does the paper's training fit a GPU of 40 GB?
 
@@ -31,7 +31,7 @@ from generate import Conversation, Sampler, read_prefix
 from model import FActor, load_checkpoint
 
 GB = 1e9
-PARTS = ("training", "generation", "codec", "live")
+PARTS = ("training", "generation", "codec", "live", "long")
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Config:
     checkpointing: bool = False  # training: compute activations again
     compile: bool = False  # training: by torch.compile
     pairs: str = "1 8 64"  # generation: dialogues at a time, two rows each
-    # parts codec and live
+    long: int = 10_000  # part long, which is only done when it is asked for: frames
+    # parts codec, live and long
     model: str = "default/model"
     codec: str = "default/codec.safetensors"
     # the planned training
@@ -363,6 +364,33 @@ def bench_live(cfg, codec, machine):
          f"{1e3 * floor:.1f} ms, of {len(found)} frames")
 
 
+def bench_long(cfg, machine):
+    """Two instances of the shipped model that talk on and on: does a late frame cost more?"""
+    model, tokenizer, fmt, _ = load_checkpoint(cfg.model, machine.device, machine.dtype)
+    batch = talkers(model, tokenizer, fmt, 2, "word", model.speaker_size)
+    seconds, memory = [], []
+    for _ in range(cfg.long):
+        start = time.perf_counter()
+        batch.step(batch.said.flip(0))
+        machine.wait()
+        seconds.append(time.perf_counter() - start)
+        memory.append(peak_memory(machine))
+    tenth = cfg.long // 10
+    for begin in (tenth // 2, cfg.long // 2, cfg.long - tenth):
+        part = sorted(seconds[begin:begin + tenth])
+        print(f"frames {begin} to {begin + tenth}: median {1e3 * part[tenth // 2]:.2f} ms, peak "
+              f"memory {memory[begin + tenth - 1] / GB:.3f} GB", flush=True)
+
+
+def peak_memory(machine):
+    """Bytes that this process has held at most: on the GPU, or on a CPU in all."""
+    if machine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def main(argv):
     cfg = load_settings(Config, argv)
     parts = cfg.parts.split()
@@ -376,6 +404,8 @@ def main(argv):
         bench_training(cfg, config, machine)
     if "generation" in parts:
         bench_generation(cfg, config, machine)
+    if "long" in parts:
+        bench_long(cfg, machine)
     if "codec" in parts or "live" in parts:
         codec = load_codec(cfg.codec).to(machine.device)
         if "codec" in parts:
