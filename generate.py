@@ -876,8 +876,9 @@ def draw_row(ax, begin, end, peaks, step, speakers, events):
         ax.fill_between(times, base - part, base + part, lw=0, color=colour)
         words = [word for word in speaker["words"] if begin <= word["start"] < end]
         for k, word in enumerate(words):
-            ax.text(word["start"], base + (0.62, 0.82)[k % 2], word["kind"] + word["word"],
-                    color=COLOURS.get(mark_kind(word["kind"]), "black"), fontsize=7, clip_on=True)
+            style = {"color": COLOURS.get(mark_kind(word["kind"]), "black"), "fontsize": 7}
+            ax.text(word["start"], base + (0.62, 0.82)[k % 2], word["word"], clip_on=True, **style)
+            ax.text(word["start"], base - 0.9, word["kind"], clip_on=True, **style)
     for event in events:
         if event["label"] in COLOURS and event["end"] > begin and event["start"] < end:
             side = event["speaker"]
