@@ -58,6 +58,8 @@ def use_threads(threads=1):
     One is the default: threads wait for each other at every operation, thousands of times a second
     in models this small, so that one other busy process on the machine stops all of them.
     0: as many as there are cores that nothing else uses now, which training profits from.
+    Measured on two cores, frames/s with 1 and 2 threads: generation 123 and 131, beside a busy
+    process 132 and 35; training 1427 and 2331, beside a busy process 1333 and 770.
     """
     import torch
     if "OMP_NUM_THREADS" in os.environ:
