@@ -58,7 +58,7 @@ GATHER = 0.02  # seconds that a frame may wait for others to share its tick
 MOST_BEHIND = 750  # frames (60 s): heard and not yet answered, or answered and not yet fetched
 MOST_RUBBISH = 1 << 20  # bytes that hold no audio
 MOST_BYTES = 1 << 16  # of a message
-MOST_PROMPT = 512  # tokens
+MOST_PROMPT = 256  # tokens; the more, the longer takes every frame
 PROMPT_KEYS = ("name", "other", "narrative", "backchannels", "interruptions", "starts")
 
 
@@ -189,6 +189,9 @@ class Echo:
 
     def leave(self, session):
         """Called when one has ended."""
+
+    def grow_old(self):
+        """Makes all conversations as old as they get, for the measurement."""
 
     def tick(self, sessions, heard):
         """One frame for each of `sessions`: heard (B, 1920) -> said (B, 1920), and per session a
@@ -497,6 +500,12 @@ class Talk:
         if seat.recording:
             seat.recording.finish()
 
+    def grow_old(self):
+        """As Echo.grow_old: a frame costs most when the ring of past frames is full."""
+        memory = self.talkers.memory
+        memory.age += memory.frames
+        memory.ages = [age + memory.frames for age in memory.ages]
+
     def tick(self, sessions, heard):
         """As Echo.tick."""
         for session in sessions:
@@ -597,30 +606,30 @@ def measure_slots(engine, most):
     """How many conversations keep 80 ms here, printed and returned (at least 1).
 
     Their frames come at any time, so one may have to wait for a tick to end before its own begins:
-    two ticks, each with the Opus coding of its answers, must fit into 80 ms.
+    two ticks, with the Opus coding of their answers, must fit into 80 ms, and a fifth of it is kept
+    for what else runs here. Measured with conversations as old as they get.
     """
-    wishes, times = read_wishes({"seed": "0"}, engine.voices), []
-    guests, coders = [], [OpusEncoder() for _ in range(most)]
-    while len(guests) < most:
+    wishes, times, guests = read_wishes({"seed": "0"}, engine.voices), [], []
+    coders, enough = [OpusEncoder() for _ in range(most)], FRAME_SECONDS * 0.4
+    while len(guests) < most and (not times or times[-1] <= enough):
         guests.append(Guest(wishes))
         frames = np.zeros((len(guests), FRAME), np.float32)
         engine.tick(guests, frames)  # joins
+        engine.grow_old()
         ticks = []
-        for _ in range(5):
+        for _ in range(7):
             begin = time.perf_counter()
             said, _ = engine.tick(guests, frames)
             for coder, frame in zip(coders, said):
                 coder.encode(frame)
             ticks.append(time.perf_counter() - begin)
-        times.append(sorted(ticks)[2] * 1000)
-        if times[-1] > FRAME_SECONDS / 2 * 1000:
-            break
+        times.append(sorted(ticks)[3])
     for guest in guests:
         engine.leave(guest)
-    slots = max(1, sum(ms <= FRAME_SECONDS / 2 * 1000 for ms in times))
-    print(f"a frame takes {times[0]:.0f} ms for one conversation, {times[slots - 1]:.0f} ms for "
-          f"{slots}, of 80 ms", flush=True)
-    if times[0] > FRAME_SECONDS * 1000:
+    slots = max(1, sum(seconds <= enough for seconds in times))
+    print(f"a frame takes {1000 * times[0]:.0f} ms for one conversation, "
+          f"{1000 * times[slots - 1]:.0f} ms for {slots}, of 80 ms", flush=True)
+    if times[0] > FRAME_SECONDS:
         print("this machine is slower than speech: even one conversation falls behind", flush=True)
     return slots
 

@@ -483,7 +483,7 @@ def test_wishes_reach_the_model(talk_settings):
         answer(**other)
     assert talk.prefix.cache_info().misses == 7  # each of them is another prompt
     with pytest.raises(serve.BadParameter, match="narrative: makes a prompt of"):
-        talk.check(serve.read_wishes({"narrative": "q,!x." * 199}, talk.voices))
+        talk.check(serve.read_wishes({"narrative": "q,!x." * 60}, talk.voices))
 
 
 def test_a_conversation_is_recorded_as_generate_writes_it(talk_settings, tmp_path, monkeypatch):
