@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=N evaluate.py DIR ...        the same, by N processes
     python evaluate.py --default [reference=corpus]                     the shipped model
     python evaluate.py probe model=DIR data=DIR                         does the count count?
+    python evaluate.py minutes DIR [data=DIR]        is a long talk's last minute like its first?
     python evaluate.py fdb DIR [DIR ...]                 Full-Duplex-Bench's axes (see fdb.py)
     python evaluate.py DIR --fit-thresholds                             grid search on annotations
     python evaluate.py codec=default/codec.safetensors raw=corpus       what a codec costs
@@ -117,6 +118,11 @@ class ProbeSettings:
     split: str = "test"
     n: int = 50  # dialogues
     most: int = 5  # counts from 0 to this one are put into the prompt
+
+
+@dataclass
+class MinutesSettings:
+    data: str = "default/data"  # whose training texts are the known words
 
 
 # ---- reading dialogues ---------------------------------------------------------------------------
@@ -785,6 +791,44 @@ def probe(settings):
     print(markdown(table(lines, {kind: (f"{kind} expected", 2) for kind in KINDS})))
 
 
+def minutes(folders, settings):
+    """Does a conversation of many minutes stay one? Prints what is said and how turns are taken in
+    each minute of all dialogues of generate.py's in the folders, on the text streams (unheard):
+
+        python generate.py n=4 batch=4 max_frames=7502 may_end=false out=runs/long
+        python evaluate.py minutes runs/long
+    """
+    known, lines = known_texts(settings.data), {}
+    paths = sorted(path for folder in folders for path in Path(folder).glob("dialogue_*.json"))
+    if not paths or not known:
+        raise InputError("give a folder of generate.py, and data=FOLDER with a training split")
+    talks = [read_json(path, "generate.py writes such a file") for path in paths]
+    lasting = [len(talk["codes"][0][0]) / FRAME_RATE for talk in talks]  # seconds
+    for minute in range(int(max(lasting) // 60)):
+        rows = [score_minute([speaker["words"] for speaker in talk["speakers"]], 60 * minute, known)
+                for talk, end in zip(talks, lasting) if end >= 60 * (minute + 1)]
+        columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        lines[f"minute {minute + 1} (n={len(rows)})"] = {
+            key: interval(np.nanmean, column) for key, column in columns.items()}
+    if not lines:
+        raise InputError("all dialogues are shorter than a minute; generate longer ones")
+    print(markdown(table(lines, {key: (key, 1) for key in columns})))
+
+
+def score_minute(talk, begin, known):
+    """A minute of a dialogue, from `begin` (s): words, how many are known, alone and three in a row
+    (%), marks, and turn_taking of the text's words. talk: the words of two speakers."""
+    parts = [[word for word in words if begin <= word["start"] < begin + 60] for words in talk]
+    texts = [normalise(" ".join(word["word"] for word in part)).split() for part in parts]
+    words = [word in known[0] for text in texts for word in text]
+    threes = [three in known[1] for text in texts for three in in_threes(text)]
+    speech = [[[word["start"] - begin, word["end"] - begin] for word in part] for part in parts]
+    return {"words": len(words), "known words %": 100 * np.mean(words) if words else np.nan,
+            "known threes %": 100 * np.mean(threes) if threes else np.nan,
+            "marks": sum(bool(word["kind"]) for part in parts for word in part),
+            **turn_taking(speech, 60)}
+
+
 def expected_marks(model, items, kind, tokenizer, fmt):
     """The expected number of a kind's marks in each of the items, a list."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -1180,6 +1224,8 @@ def main(argv):
     began, folders = time.time(), []
     if argv[:1] == ["probe"]:
         return probe(load_settings(ProbeSettings, argv[1:]))
+    if argv[:1] == ["minutes"]:
+        return minutes(folders, load_settings(MinutesSettings, argv[1:], folders))
     if argv[:1] == ["fdb"]:
         import fdb  # here because it imports this file's tables
         return fdb.main(argv[1:])

@@ -95,6 +95,7 @@ class Config:
     text_top_p: float = -1.0
     audio_top_p: float = -1.0
     max_frames: int = 1024  # limit for two instances; a recording is heard to its end
+    may_end: bool = True  # whether two instances may end it before
     seed: int = 0  # dialogue i of a run uses seed + i, whatever the batch
     resume: bool = False  # keep the dialogues already in `out`, if their settings are these
 
@@ -575,9 +576,10 @@ class Conversation:
 
 @torch.no_grad()
 def converse(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user_codes=None,
-             on_frame=None):
+             on_frame=None, may_end=True):
     """Dialogues frame by frame (paper section 5.1), in one batch that each leaves when it is over.
-    Arguments as of `talk`. Yields (i, [(codes, text ids) of each row]) when dialogue i is over."""
+    Arguments as of `talk`; may_end: whether the model may draw the end id. Yields (i, [(codes, text
+    ids) of each row]) when dialogue i is over."""
     sides, device = (2 if user_codes is None else 1), model.dsu_head.weight.device
     if user_codes is not None:
         heard = user_codes.movedim(-1, 0).to(device)  # (T, K) or (T, B, K)
@@ -585,7 +587,7 @@ def converse(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user
     frames = max(0, max_frames - fmt.delay)
     prefix = read_prefix(model, tokenizer, prompts, speakers)
     batch = Conversation(model, tokenizer, fmt, len(prompts), prefix.mask.shape[1], max_frames,
-                         may_end=user_codes is None)
+                         may_end=may_end and user_codes is None)
     said, begin = batch.join(prefix, sampler)
     codes = said.new_zeros(*said.shape, frames)  # (B, K, T)
     text = begin.new_full((len(prompts), fmt.delay + frames), tokenizer.eos_token_id)
@@ -805,8 +807,9 @@ def check_parts(cfg, model, codec, trained):
     return given[0] or ""
 
 
-def check_pairs(cfg, model, tokenizer, pairs):
-    """Raise InputError for a voice or a prompt that the model cannot take."""
+def check_pairs(cfg, model, tokenizer, pairs, longest=None):
+    """Raise InputError for a voice or a prompt that the model cannot take. longest: tokens of the
+    longest prompt that it was trained on, if that is known; a longer one is noted."""
     positions = model.backbone.config.max_position_embeddings
     for i, pair in enumerate(pairs):
         for speaker in pair:
@@ -822,6 +825,9 @@ def check_pairs(cfg, model, tokenizer, pairs):
             if tokens + 2 > positions:
                 raise InputError(f"{where}: its prompt has {tokens} tokens, but {cfg.model} has "
                                  f"{positions} positions for prompt and dialogue; shorten it")
+            if longest and tokens > longest:
+                print(f"note: {where}: its prompt has {tokens} tokens, more than the {longest} "
+                      f"that {cfg.model} was trained on", file=sys.stderr)
 
 
 def read_user(cfg, codec, fmt, device):
@@ -927,7 +933,8 @@ def make_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
     start, frames = time.time(), 0
     for i, rows in converse(model, tokenizer, fmt, [speaker["prompt"] for speaker in speaking],
                             embeddings, sampler, cfg.max_frames, user[1] if user else None,
-                            transcript if bar.disable else lambda t, text: bar.update()):
+                            transcript if bar.disable else lambda t, text: bar.update(),
+                            cfg.may_end):
         (_, pair, stem), length = jobs[i], rows[0][0].shape[1]
         frames = max(frames, length + fmt.delay)
         if not length:
@@ -1017,7 +1024,7 @@ def main(argv):
     codec = load_codec(cfg.codec).to(device)
     encoder = check_parts(cfg, model, codec, trained)
     pairs = read_prompts(cfg.prompts, cfg.voices) if cfg.prompts else data_prompts(cfg, fmt)
-    check_pairs(cfg, model, tokenizer, pairs)
+    check_pairs(cfg, model, tokenizer, pairs, trained.get("longest_prompt"))
     if cfg.user and Path(cfg.user).is_dir():
         return answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs)
     user = read_user(cfg, codec, fmt, device) if cfg.user else None

@@ -486,7 +486,7 @@ def checkpoint(run, is_best):
         return
     settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "resume")}
     extra = {"calc_loss_on_c1_only": cfg.user_weight == 0, "trained_steps": run.step,
-             "train_config": settings} | made_with(cfg.data)
+             "train_config": settings, "longest_prompt": longest_prompt(run)} | made_with(cfg.data)
     for name in ["last", "best"] if is_best else ["last"]:
         save_checkpoint(out / name, run.model, run.tokenizer, run.fmt, extra,
                         getattr(torch, cfg.save_dtype), weights)
@@ -494,6 +494,12 @@ def checkpoint(run, is_best):
              "step": run.step, "best": run.best, "bad_evals": run.bad_evals, "config": asdict(cfg),
              "world": run.world, "places": places, "dialogues": dialogues_seen(run)}
     write_atomically(out / "state.pt", lambda path: torch.save(state, path))
+
+
+def longest_prompt(run):
+    """Tokens of the longest prompt of the training split; of the validation split, if streamed."""
+    laid_out = run.train or run.val
+    return max(len(prompt) for _, sides in laid_out.kept for prompt, _, _ in sides)
 
 
 # ---- batches ----

@@ -52,6 +52,8 @@ def test_every_part_runs(tmp_path, capsys):
                  "generation, 2 dialogue", "codec, encode, frame by frame", "codec, decode",
                  "99th percentile"):
         assert line in printed, line
+    bench.main(["parts=long", "long=20", "seconds=0.01", f"model={GOLDEN}/checkpoint"])
+    assert re.search("frames 18 to 20: median .* ms, peak memory", capsys.readouterr().out)
     floors = re.findall(r"floor +([\d.,]+) ", printed)
     assert len(floors) >= 8 and all(float(number.replace(",", "")) > 0 for number in floors)
 

@@ -831,3 +831,23 @@ def test_probe(tmp_path, dialogues, capsys):
         "1",
         "2",
     ]
+
+
+def test_minutes(tmp_path, monkeypatch, capsys):
+    """Every minute by itself: one that says what is known, one that does not."""
+    known = {"hello", "you"}, {("hello", "you", "hello")}
+    monkeypatch.setattr(evaluate, "known_texts", lambda data: known)
+
+    def words(texts, begin):
+        return [{"word": word, "start": begin + i, "end": begin + i + 0.5, "kind": ""}
+                for i, word in enumerate(texts)]
+    first, second = ["hello", "you", "hello"], ["blue", "you", "hello"]
+    speakers = [{"words": words(first, 1) + words(second, 61)}, {"words": []}]
+    codes = [[[0] * 1500]] * 2
+    (tmp_path / "dialogue_0000.json").write_text(json.dumps({"speakers": speakers, "codes": codes}))
+    evaluate.main(["minutes", str(tmp_path)])
+    lines = [line.replace(" ", "") for line in capsys.readouterr().out.splitlines()]
+    assert lines[-2].startswith("|minute1(n=1)|3.0|100.0|100.0|0.0|1.5|"), lines
+    assert lines[-1].startswith("|minute2(n=1)|3.0|66.7|0.0|0.0|1.5|"), lines
+    with pytest.raises(InputError, match="give a folder"):
+        evaluate.main(["minutes", str(tmp_path / "none")])

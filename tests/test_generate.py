@@ -443,3 +443,11 @@ def test_another_codec_or_speaker_encoder_is_refused(golden_codec_model, words, 
     # padding: still a whole tar
     (tmp_path / "other.nemo").write_bytes((GOLDEN / "codec.nemo").read_bytes() + bytes(512))
     refuses("other.nemo is not the codec that", *words, f"codec={tmp_path}/other.nemo")
+
+
+def test_a_long_prompt_is_noted(words, tmp_path, capsys):
+    """Longer than the longest of the training, which a checkpoint of train.py says."""
+    model, tokenizer, fmt, _ = load_checkpoint(words[0].removeprefix("model="))
+    save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {"longest_prompt": 20})
+    generate.main([*words, f"model={tmp_path}/model", "max_frames=3", "may_end=false"])
+    assert "more than the 20 that" in capsys.readouterr().err

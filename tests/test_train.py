@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import huggingface_hub
 import pytest
@@ -50,6 +51,21 @@ def test_two_processes_are_one_with_twice_the_batch(run, tiny_data, tiny, tmp_pa
     one, two, four = (losses(tmp_path / name) for name in ("one", "two", "four"))
     assert len(one) == 3 and one[3] < one[1]
     assert one == pytest.approx(two, abs=1e-4) and one == pytest.approx(four, abs=1e-4)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(tiny_data, tiny, tmp_path, monkeypatch):
+    """compile=true where the compiler fails, as without a C++ compiler: the same losses."""
+    def fails(*_, **__):
+        raise RuntimeError("no compiler")
+    tried = unittest.mock.Mock(side_effect=fails)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", tried)
+    monkeypatch.setattr("torch._dynamo.config.suppress_errors", False)  # is put back afterwards
+    words = [*tiny, f"data={tiny_data}", "steps=2", "limit=4"]
+    train.main([*words, f"out={tmp_path}/as_it_is"])
+    train.main([*words, f"out={tmp_path}/compiled", "compile=true"])
+    assert tried.called and losses(tmp_path / "as_it_is") == losses(tmp_path / "compiled")
+    config = json.loads((tmp_path / "compiled" / "last" / "config.json").read_text())
+    assert config["longest_prompt"] > 50
 
 
 def test_streamed_run_resumes(tiny_data, tiny, tmp_path):
