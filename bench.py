@@ -264,10 +264,10 @@ def step_floor(model, rows, context, machine):
     config = model.backbone.config
     width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width * context * rows
-    size = model.dsu_head.weight.element_size()
     used = layers + text + audio // 2
     flops = 2 * used * rows + 2 * cached * config.num_attention_heads / config.num_key_value_heads
-    return machine.floor(flops, (used + cached) * size)
+    memory = cached * model.dsu_head.weight.element_size()
+    return machine.floor(flops, 2 * used + memory)  # weights are in 16 bits: generate.linear
 
 
 def talkers(model, tokenizer, fmt, rows, prompt, speaker_size):
