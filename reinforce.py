@@ -3,6 +3,7 @@
     python reinforce.py configs/reinforce_nano.yaml [key=value ...]
     torchrun --standalone --nproc_per_node=8 reinforce.py configs/reinforce_factor.yaml
     python reinforce.py ... updates=0 [control=2]     the start [by the rule "due minus done"]
+    python reinforce.py ... method=raft control=2     learns from the rule's dialogues instead
 
 The method is that of "Multi-Faceted Interactivity Alignment" (Ohashi et al., arXiv 2606.11167): of
 one prompt, or one recorded user, sample a group of dialogues; decisions of those that are better
@@ -73,11 +74,11 @@ class Config:
     judge: str = ""  # chat model of transformers that rates what is said; "": none
     # the method
     policy: str = "classes"  # classes | tokens
-    method: str = "reinforce"  # or raft: supervised on the dialogues with the right counts
+    method: str = "reinforce"  # or raft: likelihood of the dialogues with the right counts
     group: int = 8  # dialogues of one prompt
     frames: int = 400  # most of a dialogue; the constant that losses are divided by
     kl: float = 0.02
-    anchor: float = 0.1  # weight of the supervised loss, of four sides an update and process
+    anchor: float = 0.01  # weight of the supervised loss, of four sides; 0.1 drowns the rewards
     lr: float = 4e-5  # rises in five updates, falls linearly to 0
     clip: float = 1.0  # gradient norm
     updates: int = 100
@@ -320,8 +321,9 @@ def check_settings(cfg):
     if bool(cfg.segments) != bool(cfg.val_segments) or not (cfg.pairs or cfg.segments):
         raise InputError(f"pairs={cfg.pairs}, segments={cfg.segments}, val_segments="
                          f"{cfg.val_segments}: give pairs, or both files, or all")
-    if cfg.control and cfg.updates:
-        raise InputError(f"control={cfg.control} is instead of learning: add updates=0")
+    if cfg.control and cfg.updates and cfg.method != "raft":
+        raise InputError(f"control={cfg.control}: dialogues by the rule are not the policy's own, "
+                         "from which it learns; add updates=0 or method=raft")
     if cfg.resume != (Path(cfg.out) / "state.pt").exists():
         raise InputError(f"resume=true, but there is no {cfg.out}/state.pt" if cfg.resume else
                          f"{cfg.out} already holds a run; add resume=true, or give another out=")

@@ -158,9 +158,9 @@ def row_of(run, prompt, speaker, audio, text, begin, end, group, rewards, **more
             "text": text[:end].cpu(), "end": end, "group": group, "rewards": rewards, **more}
 
 
-def talks(run, dialogues, group, seed):
+def talks(run, dialogues, group, seed, control):
     """The instruction's rows: two instances talk about each dialogue's narrative, with counts
-    drawn anew."""
+    drawn anew; control: whether the rule helps."""
     rng, prompts, speakers, asked = random.Random(f"asked/{seed}"), [], [], []
     for dialogue in dialogues:
         for side in (0, 1):
@@ -170,7 +170,7 @@ def talks(run, dialogues, group, seed):
             prompts.append(make_prompt(name, other, narrative, *asked[-1], starts))
             speakers.append(torch.tensor(dialogue[f"spk_emb_c{side + 1}"]))
     pairs = torch.arange(len(prompts)).view(-1, 2).repeat_interleave(group, 0)  # (B / 2, 2)
-    rule = torch.tensor(asked, device=run.device)[pairs.flatten()] if run.cfg.control else None
+    rule = torch.tensor(asked, device=run.device)[pairs.flatten()] if control else None
     audio, text, frames = rollout(run, prompts, torch.stack(speakers), group, seed, asked=rule)
     rows = []
     for i, pair in enumerate(pairs.tolist()):
@@ -214,7 +214,7 @@ def draw_rows(run):
     rng, dialogues, rows = random.Random(seed), run.dialogues["train"], []
     if cfg.pairs:
         drawn = [dialogues[rng.randrange(len(dialogues))] for _ in range(cfg.pairs)]
-        rows += talks(run, drawn, cfg.group, seed)
+        rows += talks(run, drawn, cfg.group, seed, cfg.control > 0)
     if run.scenes["train"] and cfg.method != "raft":
         context = rng.choice([0, rng.randint(0, cfg.context)])
         entries = [entry for axis in cfg.axes.split() for entry in
@@ -233,7 +233,8 @@ def held_out_rows(run):
     cfg, dialogues, rows = run.cfg, run.dialogues["validation"], []
     mine = range(run.rank, min(cfg.eval_pairs, len(dialogues)), run.world)
     if cfg.pairs and mine:
-        rows += talks(run, [dialogues[i] for i in mine], 1, f"held out/{run.rank}")
+        rows += talks(run, [dialogues[i] for i in mine], 1, f"held out/{run.rank}",
+                      cfg.control > 0 and not cfg.updates)
     entries = [entry for some in run.scenes["validation"].values()
                for entry in some[run.rank:cfg.eval_pairs:run.world]]
     scenes = [scene_of(run, entry, dialogues[entry["dialogue"]], cfg.context) for entry in entries]

@@ -298,6 +298,18 @@ def test_control_follows_what_is_due(start):
     assert due_minus_done(run, text, 18, torch.tensor([[3, 0], [3, 0]]))[0, bc] < -2
 
 
+def test_raft_may_learn_from_the_rules_dialogues(start, monkeypatch):
+    """The rule helps while learning, not when what was learnt is measured."""
+    helped = []
+    monkeypatch.setattr("rollout.due_minus_done", lambda run, *_: helped.append(1) or 0.0)
+    run = start("method=raft", "control=2", axes=False)
+    rows = reinforce.draw_rows(run)
+    assert helped and len(rows) == 16
+    helped.clear()
+    reinforce.held_out_rows(run)
+    assert not helped
+
+
 def test_what_is_wrong_is_one_line(folder, start, tmp_path):
     for words, message in (
             (["group=1"], "at least 2"), (["policy=words"], "classes or tokens"),
