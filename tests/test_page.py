@@ -217,5 +217,6 @@ def test_the_words_of_the_model_are_heard_as_the_page_shows_them(speech):
                 text = " ".join(word["word"] for word in found)
                 wrong, said = evaluate.word_errors(words, text)
                 print(f"{words} | {text} | {wrong} of {said} words wrong")
-                assert np.abs(heard).max() > 0.1 and not page.errors
+                assert np.abs(heard).max() > 0.1 and said > 5 and wrong <= 0.4 * said
+                assert not page.errors
     browse(visit, speech)
