@@ -203,7 +203,8 @@ def test_counts_follow_on_a_toy(start, monkeypatch):
 def test_run_goes_on(folder, tmp_path, monkeypatch, capsys):
     """A run that was ended goes on to the weights of one in one go; best/ can be loaded."""
     words = [f"model={folder}/model", f"data={folder}/data", f"segments={folder}/train.json",
-             f"val_segments={folder}/validation.json", *WORDS, "frames=12", "eval_pairs=1"]
+             f"val_segments={folder}/validation.json", *WORDS, "frames=12", "eval_pairs=1",
+             "pairs=1", "group=2", "context=0", "axes=pause turn"]
     reinforce.main([*words, f"out={tmp_path}/whole"])
     original = reinforce.update
 
