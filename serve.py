@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import queue
 import secrets
+import signal
 import socket
 import ssl
 import struct
@@ -448,7 +449,7 @@ class Talk:
     def writer(self):
         """The process that writes recordings."""
         spawn = multiprocessing.get_context("spawn")  # after torch has run threads, a fork may hang
-        return concurrent.futures.ProcessPoolExecutor(1, spawn)
+        return concurrent.futures.ProcessPoolExecutor(1, spawn, initializer=ignore_signals)
 
     def check(self, wishes):
         """Raises BadParameter for a prompt that is too long for a row."""
@@ -569,6 +570,12 @@ class Recording:
                "encoder": self.talk.encoder, "said": self.said,
                "heard": self.heard[late:] + silence}
         self.talk.writer.submit(write_recording, job)
+
+
+def ignore_signals():
+    """In the writing process: Ctrl-C goes to the server alone, which waits for its recordings."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def write_recording(job):
