@@ -327,5 +327,5 @@ def test_what_is_wrong_is_one_line(folder, start, tmp_path):
         start(f"segments={tmp_path}/s.json")
     for name in ("nano", "factor"):
         config = f"{ROOT}/configs/reinforce_{name}.yaml"
-        assert reinforce.load_settings(reinforce.Config, [config]).kl == 0.02
+        assert reinforce.load_settings(reinforce.Config, [config]).policy == "classes"
     assert math.isfinite(rewards.score({"r_backchannels": 0.5, "mae_backchannels": 0.1}))
