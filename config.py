@@ -5,6 +5,7 @@ and `key=value` (or `--key value`) words, later ones winning:
 `python train.py configs/nano.yaml steps=100 --out runs/a`.
 """
 import concurrent.futures
+import csv
 import dataclasses
 import difflib
 import inspect
@@ -50,6 +51,20 @@ def write_atomically(path, write):
     even if killed."""
     write(temporary := Path(f"{path}.{os.getpid()}.tmp"))  # two processes may write the same
     os.replace(temporary, path)
+
+
+def write_json(path, content, indent=None):
+    write_atomically(path, lambda new: new.write_text(json.dumps(content, indent=indent)))
+
+
+def write_csv(path, columns, rows):
+    """Rows, a list of dicts, as CSV; what is not among the columns is left out."""
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    write_atomically(path, write)
 
 
 def use_threads(threads=1):

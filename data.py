@@ -173,6 +173,12 @@ def mark_kind(token):
     return MARK_KINDS.get(token, "")
 
 
+def mark_ids(tokenizer, kind):
+    """The text ids of all marks of a kind, as of mark_kind: a list."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return [k for k, token in enumerate(tokens) if mark_kind(token) == kind]
+
+
 def marks(dialogue, system, fmt):
     """The mark, or '', that opens each of `segments(dialogue, system)`.
 

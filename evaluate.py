@@ -44,7 +44,7 @@ from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, fingerprint, load_codec, missing_recording, read_audio
-from config import InputError, load_settings, over_cores, read_json, write_atomically
+from config import InputError, load_settings, over_cores, read_json, write_json
 from data import (
     BC,
     FRAME_RATE,
@@ -55,6 +55,7 @@ from data import (
     is_number,
     load_dialogues,
     made_with,
+    mark_ids,
     mark_kind,
     streams,
 )
@@ -403,7 +404,7 @@ def hear_job(job):
         heard = {"error": str(e)}
     else:
         heard = hear(audio, dialogue, settings)  # a package that is missing ends the run
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(heard)))
+    write_json(path, heard)
 
 
 def with_bar(function, work, jobs, label):
@@ -632,6 +633,14 @@ def known_texts(data):
     return words, threes
 
 
+def known_shares(texts, known):
+    """The shares of known words, and of three known words in a row, in texts (lists of words), in
+    %; nan where there are none. known: of known_texts."""
+    words = [word in known[0] for text in texts for word in text]
+    threes = [three in known[1] for text in texts for three in in_threes(text)]
+    return [100 * np.mean(found) if found else np.nan for found in (words, threes)]
+
+
 def score_text(dialogue, settings):
     """Of the text stream: words that are none of the training texts', three words in a row that
     occur in them, names and slots of the prompt taken up where one is said (all in %)."""
@@ -639,11 +648,10 @@ def score_text(dialogue, settings):
     data, figures = settings.data or dialogue["settings"].get("data"), {}
     known = known_texts(data) if data and any(texts) else None
     if known:
-        words = [word in known[0] for text in texts for word in text]
-        threes = [three in known[1] for text in texts for three in in_threes(text)]
-        figures["new_words"] = 100 - 100 * np.mean(words)
-        if threes:
-            figures["known_threes"] = 100 * np.mean(threes)
+        words, threes = known_shares(texts, known)
+        figures["new_words"] = 100 - words
+        if not np.isnan(threes):
+            figures["known_threes"] = threes
     return figures | taken_up(dialogue, texts)
 
 
@@ -820,19 +828,16 @@ def score_minute(talk, begin, known):
     (%), marks, and turn_taking of the text's words. talk: the words of two speakers."""
     parts = [[word for word in words if begin <= word["start"] < begin + 60] for words in talk]
     texts = [normalise(" ".join(word["word"] for word in part)).split() for part in parts]
-    words = [word in known[0] for text in texts for word in text]
-    threes = [three in known[1] for text in texts for three in in_threes(text)]
+    words, threes = known_shares(texts, known)
     speech = [[[word["start"] - begin, word["end"] - begin] for word in part] for part in parts]
-    return {"words": len(words), "known words %": 100 * np.mean(words) if words else np.nan,
-            "known threes %": 100 * np.mean(threes) if threes else np.nan,
+    return {"words": sum(map(len, texts)), "known words %": words, "known threes %": threes,
             "marks": sum(bool(word["kind"]) for part in parts for word in part),
             **turn_taking(speech, 60)}
 
 
 def expected_marks(model, items, kind, tokenizer, fmt):
     """The expected number of a kind's marks in each of the items, a list."""
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    marks = [k for k, token in enumerate(tokens) if mark_kind(token) == KINDS[kind]]
+    marks = mark_ids(tokenizer, KINDS[kind])
     hidden, batch = predict(model, items, tokenizer, fmt)
     expected = []
     for row in hidden[:, -batch["text"].shape[1]:]:  # one by one: (T, hidden)
@@ -1205,8 +1210,7 @@ def print_tables(results, settings):
     print("\n* stand-in for the judge: mean reciprocal rank of the right narrative. quality: "
           f"{settings.quality}; recogniser: {settings.asr}; [95 % intervals]. The paper's rows "
           "come from other models and data: for orientation only.")
-    text = json.dumps(results, indent=1)
-    write_atomically(out / "results.json", lambda path: path.write_text(text))
+    write_json(out / "results.json", results, indent=1)
 
 
 def print_cost(began, jobs):

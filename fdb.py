@@ -30,10 +30,9 @@ import numpy as np
 from scipy.spatial.distance import jensenshannon
 
 from codec import read_audio
-from config import InputError, load_settings, read_json
+from config import InputError, load_settings, read_json, write_json
 from evaluate import draw_table, interval, markdown, table, with_bar
 from listen import RATE, recognise, voiced
-from prepare import write_json
 
 BIN = 0.2  # seconds, of the histogram of backchannels
 LONG, SHORT = 3.0, 1.0  # seconds: a turn's, a backchannel's
@@ -105,14 +104,20 @@ def score_backchannel(words, segments, seconds, truth):
             "jsd": divergence(backchannels, seconds, truth)}
 
 
+def histogram(spans, seconds):
+    """How many of the spans [(start, end)] lie in each bin of BIN seconds, of a file that long."""
+    bins = np.zeros(int(seconds / BIN) + 1)
+    for start, end in spans:
+        bins[int(start / BIN):int(end / BIN) + 1] += 1
+    return bins
+
+
 def divergence(backchannels, seconds, truth):
     """Jensen-Shannon distance (the root of the divergence, natural logarithm) between the times of
     backchannels and the listeners', in bins of BIN seconds; 1 where there are none."""
     if not backchannels:
         return 1.0
-    bins = np.zeros(int(seconds / BIN) + 1)
-    for start, end in backchannels:
-        bins[int(start / BIN):int(end / BIN) + 1] += 1
+    bins = histogram(backchannels, seconds)
     places = np.linspace(0, 1, len(bins)), np.linspace(0, 1, len(truth))
     return float(jensenshannon(bins + 1e-10, np.interp(*places, truth)))  # which normalises both
 

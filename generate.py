@@ -40,7 +40,14 @@ from codec import (
     set_level,
     write_audio,
 )
-from config import InputError, load_settings, read_json, use_threads, write_atomically
+from config import (
+    InputError,
+    load_settings,
+    read_json,
+    use_threads,
+    write_atomically,
+    write_json,
+)
 from data import (
     EXTRA_TOKENS,
     FRAME_RATE,
@@ -194,6 +201,13 @@ def candidates(logits, most):
         return scores, ids, ids.argsort(-1)
     ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     return logits.float(), ids, ids
+
+
+def decision_ids(tokenizer, size):
+    """Which of `size` text ids are decisions (pads, marks, the end), not words: (V,) of bool."""
+    decisions = torch.zeros(size, dtype=torch.bool)
+    decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
+    return decisions
 
 
 class Draws:
@@ -496,9 +510,7 @@ class Conversation:
         # the audio head's first half: who hears needs no other
         system = model.num_codebooks * (model.codebook_size + 2)
         self.audio_head = linear(head.weight[:system], head.bias[:system])
-        vocabulary = len(text_head.weight)
-        decisions = torch.zeros(vocabulary, dtype=torch.bool, device=head.weight.device)
-        decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
+        decisions = decision_ids(tokenizer, len(text_head.weight)).to(head.weight.device)
         self.draws = Draws(decisions, model.num_codebooks, size)
         # the last frame of each row, which the next step reads
         self.text = torch.zeros(size, dtype=torch.long, device=head.weight.device)
@@ -904,7 +916,7 @@ def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, r
     write_audio(stem.with_suffix(".wav"), audio, sample_rate)
     draw_timeline(stem.with_suffix(".png"), audio, sample_rate, speakers)
     record = {"speakers": speakers, **record, "codes": [row.tolist() for row in codes]}
-    write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(record)))
+    write_json(f"{stem}.json", record)
     print(f"\n{stem}.wav, .json, .png: {audio.shape[1] / sample_rate:.1f} s")
 
 
@@ -998,7 +1010,7 @@ def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
         if not (kept and out.exists()):
             out.unlink(missing_ok=True)
             jobs.append((number, path, out, told[0][0]))
-    write_atomically(mark, lambda new: new.write_text(json.dumps({"settings": asdict(cfg)})))
+    write_json(mark, {"settings": asdict(cfg)})
     with tqdm(total=len(jobs), unit="recording") as bar:
         for k in range(0, len(jobs), cfg.batch):
             part = jobs[k:k + cfg.batch]

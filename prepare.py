@@ -65,6 +65,7 @@ from config import (
     read_json,
     read_text,
     write_atomically,
+    write_json,
 )
 from data import StreamFormat, check_dialogue, lasting
 from listen import RATE, TAG, own_speech, speaker_encoder, strip_tags, to_16k, voiced
@@ -618,10 +619,6 @@ def first_samples(dialogues, settings):
 def voices(out):
     """OUT/voices.json, once per process."""
     return read_json(Path(out, "voices.json"), "prepare.py writes such a file")
-
-
-def write_json(path, content, indent=None):
-    write_atomically(path, lambda new: new.write_text(json.dumps(content, indent=indent)))
 
 
 def write_shard(path, rows, reports):

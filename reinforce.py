@@ -31,9 +31,7 @@ needs), log.csv (every reward of rewards.py for itself), curves.png.
 """
 import copy
 import math
-import sys
 import time
-import traceback
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from random import Random
@@ -44,11 +42,11 @@ import torch
 import torch.distributed as dist
 
 import train
-from config import InputError, load_settings, use_threads, write_atomically
+from config import InputError, load_settings, use_threads, write_atomically, write_csv
 from data import SILENCE_PAD, load_dialogues
 from generate import Sampler
 from model import load_checkpoint, save_checkpoint
-from rewards import AXES, WEIGHTS, count_figures, draw_curves, merged, score, write_log
+from rewards import AXES, WEIGHTS, count_figures, draw_curves, merged, score
 from rewrite import load_chat_model
 from rollout import anchor_batch, draw_rows, held_out_rows, pad_rows, read_scenes, text_ids
 
@@ -288,7 +286,8 @@ def keep(run):
     names = [key for key in row if key.startswith(("r_", "mae_", "exact_", "held_out_"))]
     print("  held out |", " | ".join(f"{key} {row[key]:.3f}" for key in names),
           "| best so far" if is_best else "", flush=True)
-    write_atomically(out / "log.csv", lambda path: write_log(path, run.log))
+    columns = list(dict.fromkeys(key for row in run.log for key in row))
+    write_csv(out / "log.csv", columns, run.log)
     write_atomically(out / "curves.png", lambda path: draw_curves(path, run.log))
     extra = run.trained | {"sampling": run.sampling, "reinforced": {"updates": run.step}}
     for name in ["last", "best"] if is_best else ["last"]:
@@ -381,15 +380,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as e:
-        if not dist.is_initialized():
-            sys.exit(f"reinforce.py: {e}")
-        print(f"reinforce.py: {e}", file=sys.stderr)
-        train.end(1)
-    except Exception:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        train.end(1)
+    train.run_script(main, "reinforce.py")

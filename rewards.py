@@ -7,7 +7,6 @@ user is a recording, in which it pauses, ends its turn, tells at length, or inte
 pay for barging in (minus the delay after the user's turn is highest for who starts before its end)
 and for silence (who never speaks need not yield); ours do not.
 """
-import csv
 import math
 
 import matplotlib
@@ -178,15 +177,6 @@ def score(found):
 def merged(parts):
     """A list of dicts of lists -> one dict of all of each key's."""
     return {key: [x for part in parts for x in part.get(key, [])] for key in set().union(*parts)}
-
-
-def write_log(path, log):
-    """The log, a list of dicts, as CSV."""
-    columns = list(dict.fromkeys(key for row in log for key in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(log)
 
 
 def draw_curves(path, log):

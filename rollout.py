@@ -12,19 +12,27 @@ from torch.nn.utils.rnn import pad_sequence
 
 from config import InputError, read_json
 from data import (
-    EXTRA_TOKENS,
     FRAME_RATE,
     SILENCE_PAD,
     collate,
     make_prompt,
-    mark_kind,
+    mark_ids,
     pad_left,
     prompt_parts,
     segments,
     spoil,
     streams,
 )
-from generate import LOOK, Conversation, Draws, Prefix, Sampler, read_prefix, stream_words
+from generate import (
+    LOOK,
+    Conversation,
+    Draws,
+    Prefix,
+    Sampler,
+    decision_ids,
+    read_prefix,
+    stream_words,
+)
 from rewards import (
     AXES,
     axis_rewards,
@@ -299,11 +307,8 @@ def anchor_batch(run, split, keys):
 
 def text_ids(tokenizer, size, device):
     """Which text ids are decisions, and the classes of all, as of Run: two (V,)."""
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     classes = torch.full((size,), 3)
     classes[tokenizer.convert_tokens_to_ids([SILENCE_PAD, tokenizer.eos_token])] = 0
     for number, kind in ((1, "backchannel"), (2, "interruption")):
-        classes[[k for k, token in enumerate(tokens) if mark_kind(token) == kind]] = number
-    decisions = torch.zeros(size, dtype=torch.bool)
-    decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
-    return decisions.to(device), classes.to(device)
+        classes[mark_ids(tokenizer, kind)] = number
+    return decision_ids(tokenizer, size).to(device), classes.to(device)

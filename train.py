@@ -29,7 +29,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from config import InputError, hub_problem, load_settings, use_threads, write_atomically
+from config import (
+    InputError,
+    hub_problem,
+    load_settings,
+    use_threads,
+    write_atomically,
+    write_csv,
+)
 from data import (
     EXTRA_TOKENS,
     SILENCE_PAD,
@@ -430,13 +437,7 @@ def open_log(run):
     if run.cfg.resume and path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines()
         rows = [row for row in csv.DictReader(lines) if is_complete(row, run.step)]
-
-    def write(temporary):
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            log = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            log.writeheader()
-            log.writerows(rows)
-    write_atomically(path, write)
+    write_csv(path, COLUMNS, rows)
     file = open(path, "a", newline="", encoding="utf-8")
     return csv.DictWriter(file, COLUMNS), file
 
@@ -469,8 +470,7 @@ def load_whole(run, weights, averages):
             optimizer.load_state_dict(state)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-    set_state_dict(run.model, run.optimizers, model_state_dict=weights,
-                   optim_state_dict=averages,
+    set_state_dict(run.model, run.optimizers, model_state_dict=weights, optim_state_dict=averages,
                    options=StateDictOptions(full_state_dict=True))
 
 
@@ -732,6 +732,23 @@ def end(code):
     os._exit(code)
 
 
+def run_script(main, name):
+    """main(sys.argv[1:]), of a script that may be one of several processes: an InputError is one
+    line behind the script's name, and joined processes end by `end`, whatever went wrong."""
+    try:
+        main(sys.argv[1:])
+    except InputError as e:
+        if not dist.is_initialized():
+            sys.exit(f"{name}: {e}")
+        print(f"{name}: {e}", file=sys.stderr)
+        end(1)
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        end(1)
+
+
 def main(argv):
     run = setup(load_settings(Config, argv))
     Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
@@ -745,15 +762,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as e:
-        if not dist.is_initialized():
-            sys.exit(f"train.py: {e}")
-        print(f"train.py: {e}", file=sys.stderr)
-        end(1)
-    except Exception:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        end(1)
+    run_script(main, "train.py")

@@ -19,7 +19,7 @@ from pathlib import Path
 import evaluate
 import generate
 import train
-from config import InputError, load_settings, read_text, write_atomically
+from config import InputError, load_settings, read_text, write_atomically, write_json
 from data import made_with
 
 BASE = "word 2"  # the recipe as it is: by word, two frames ahead, loss s, marks that count down
@@ -143,7 +143,7 @@ def claim(settings, data):
             raise InputError(f"{settings.out}: holds rows with another {', '.join(differs)}; give "
                              "another out=")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda new: new.write_text(json.dumps(mark, indent=1)))
+    write_json(path, mark, indent=1)
 
 
 def folder_of(settings, name):

@@ -31,8 +31,8 @@ import yaml
 from tqdm import tqdm
 
 from codec import load_codec
-from config import InputError, load_settings, over_cores, read_text, write_atomically
-from prepare import SPLITS, claim, summarise, write_json, write_shard
+from config import InputError, load_settings, over_cores, read_text, write_atomically, write_json
+from prepare import SPLITS, claim, summarise, write_shard
 from turns import count_events, label_segments, merge_words
 from world import bank
 from world.bank import FADE, FRAME, RATE, VOICES

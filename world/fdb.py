@@ -25,13 +25,13 @@ import torch
 from tqdm import tqdm
 
 from codec import load_codec, resample, write_audio
-from config import InputError, load_settings
+from config import InputError, load_settings, write_json
 from data import FRAME_RATE, load_dialogues
-from prepare import claim, write_json
+from fdb import histogram
+from prepare import claim
 from world import bank, segments
 
 RATE = 16000  # Hz, of the benchmark's examples
-BIN = 0.2  # seconds, of the listeners' histogram
 TASKS = {"pause": "v1_0/synthetic_pause_handling", "turn": "v1_0/synthetic_turn_taking",
          "backchannel": "v1_0/synthetic_backchannel",
          "interruption": "v1_0/synthetic_user_interruption"}
@@ -167,7 +167,7 @@ def write_sample(segment, number, dialogue, parts, settings):
         cut = round((said[0]["end"] + 0.05) * RATE), round((said[1]["start"] - 0.05) * RATE)
         sounds |= {"context.wav": audio[:cut[0]], "interrupt.wav": audio[cut[1]:round(end * RATE)]}
     write_files(folder, sounds, files)
-    return histogram(segment, dialogue, seconds) if segment["axis"] == "backchannel" else None
+    return listened(segment, seconds) if segment["axis"] == "backchannel" else None
 
 
 def write_files(folder, sounds, files):
@@ -179,12 +179,11 @@ def write_files(folder, sounds, files):
         write_json(folder / name, content)
 
 
-def histogram(segment, dialogue, seconds):
-    """Where in the file the listener backchannelled: shares of bins of BIN seconds. The benchmark's
-    are of several listeners a file, ours of the one that there was."""
-    bins = np.zeros(int(seconds / BIN) + 1)
-    for begin, end in segment["events"]:
-        bins[int(begin / FRAME_RATE / BIN):int(end / FRAME_RATE / BIN) + 1] += 1
+def listened(segment, seconds):
+    """Where in the file the listener backchannelled: shares of the bins of fdb.histogram. The
+    benchmark's are of several listeners a file, ours of the one that there was."""
+    spans = [(begin / FRAME_RATE, end / FRAME_RATE) for begin, end in segment["events"]]
+    bins = histogram(spans, seconds)
     return (bins / bins.sum()).tolist()
 
 

@@ -11,7 +11,6 @@ fit the small world, where an utterance lasts 2 to 4 s; theirs stand beside them
 """
 import collections
 import itertools
-import json
 import math
 import random
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import InputError, load_settings, write_atomically
+from config import InputError, load_settings, write_json
 from data import (
     FRAME_RATE,
     StreamFormat,
@@ -234,8 +233,7 @@ def main(argv):
     if not kept:
         raise InputError(f"{settings.data} ({settings.split}): no segment of any kind; shorter "
                          "thresholds find more (--help names them)")
-    result = {"data": settings.data, "split": settings.split, "segments": kept}
-    write_atomically(settings.out, lambda new: new.write_text(json.dumps(result)))
+    write_json(settings.out, {"data": settings.data, "split": settings.split, "segments": kept})
     print(f"{len(kept)} segments in {settings.out}")
 
 
