@@ -27,7 +27,6 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -168,13 +167,13 @@ def sampling_of(cfg, trained):
 
 
 def pick(scores, order, u, kind):
-    """One place of each row, drawn by inverting the cumulative distribution in the order of ids,
+    """M places of each row, drawn by inverting the cumulative distribution in the order of ids,
     so that how many candidates the other rows need changes nothing.
 
-    scores, order (B, ..., N): of `candidates`; u (B, ...): uniform numbers in [0, 1); kind (B, 3):
-    temperature, top_k, top_p of each row. Returns places (B, ...).
+    scores, order (B, M, N): of `candidates`; u (B, M): uniform numbers in [0, 1); kind (B, M or 1,
+    3): temperature, top_k, top_p of each. Returns places (B, M).
     """
-    temperature, top_k, top_p = kind.T.reshape(3, -1, *[1] * (scores.ndim - 1))
+    temperature, top_k, top_p = kind.split(1, 2)  # (B, M or 1, 1)
     rank = scores.isfinite().cumsum(-1) - 1  # among those that may be taken
     chance = (scores / temperature).masked_fill(rank >= top_k, -torch.inf).softmax(-1)
     # nucleus: what stands in front of an id is less than top_p; the best id is always in
@@ -267,17 +266,29 @@ class Draws:
         limit = self.kinds[rows, :2, 1].amax(1, keepdim=True)
         low = torch.arange(scores.shape[-1], device=scores.device) >= limit
         words = scores.masked_fill(decided | low, -torch.inf)
-        decision = pick(scores, order, u[:, 0], self.kinds[rows, 0])[:, None]
-        word = pick(words, order, u[:, 1], self.kinds[rows, 1])[:, None]
-        return ids.gather(1, torch.where(decided.gather(1, decision), decision, word))[:, 0]
+        both = torch.stack([scores, words], 1)  # (B, 2, N)
+        places = pick(both, order[:, None].expand_as(both), u[:, :2], self.kinds[rows, :2])
+        decision, word = ids.gather(1, places).unbind(1)
+        return torch.where(self.decisions[decision], decision, word)
 
     def audio(self, logits, u, rows):
         """logits (B, K, C+2), u (B, 2 + K) of `uniform` -> ids (B, K)."""
         scores, ids, order = candidates(logits, self.audio_most)
-        return ids.gather(2, pick(scores, order, u[:, 2:], self.kinds[rows, 2])[..., None])[..., 0]
+        return ids.gather(2, pick(scores, order, u[:, 2:], self.kinds[rows, 2:])[..., None])[..., 0]
 
 
 # ---- what the rows remember ----
+
+
+@dataclass
+class Place:
+    """Where Memory keeps one frame of B rows, and what that frame looks at: S slots of each row."""
+    rows: slice  # of the batch
+    slots: torch.Tensor  # (B,), in each row
+    near: tuple  # rotation for the ring, of Memory.rotation
+    far: tuple | None  # rotation for the prefix; None where it is the same
+    bias: torch.Tensor  # (B * kv_heads, S, 1): 0, or -inf where nothing is
+    found: torch.Tensor  # (B * kv_heads, S): the slots' numbers among those of all rows and heads
 
 
 class Memory:
@@ -336,9 +347,7 @@ class Memory:
         return torch.cat([cos, cos], -1).to(kind), torch.cat([-sin, sin], -1).to(kind)
 
     def place(self, rows):
-        """Makes room for one more frame of `rows` (a slice). Returns (their slots (B,), rotation
-        for the ring, rotation for the prefix or None where it is the same, bias (B * heads, S, 1)
-        of the S slots in use)."""
+        """Makes room for one more frame of `rows` (a slice). Returns a Place."""
         age = self.age[rows]
         slots = self.prefix_size + age % self.frames
         self.bias[rows].scatter_(1, slots[:, None], 0)
@@ -348,7 +357,10 @@ class Memory:
             far = self.rotation(self.lengths[rows] + age.clamp(max=self.frames - 1))
         used = self.prefix_size + min(longest + 1, self.frames)
         bias = self.bias[rows, None, :used].expand(-1, self.heads, -1).reshape(-1, used, 1)
-        return slots, near, far, bias
+        first = torch.arange(rows.start * self.heads, rows.stop * self.heads,
+                             device=age.device) * self.bias.shape[1]
+        found = first[:, None] + torch.arange(used, device=age.device)
+        return Place(rows, slots, near, far, bias, found)
 
     def advance(self, rows):
         self.age[rows] += 1
@@ -362,65 +374,72 @@ def rotate(x, rotation):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attend(query, far_query, keys, values, bias, rows, prefix_size):
+def attend(query, far_query, keys, values, place, prefix_size):
     """One frame's attention. query (B, heads, dim); far_query: the one for the prefix, or None;
-    keys, values: of Memory, of which `rows` are meant; bias (B * kv_heads, S, 1). Returns
-    (B, heads * dim)."""
-    used, dim = bias.shape[1], query.shape[-1]
-    near_keys = keys[rows, :, :used].flatten(0, 1)  # (B * kv_heads, S, dim)
+    keys, values: of Memory; place: a Place. Returns (B, heads * dim)."""
+    used, dim = place.bias.shape[1], query.shape[-1]
+    near_keys = keys[place.rows, :, :used].flatten(0, 1)  # (B * kv_heads, S, dim)
 
     def scores(query, keys, bias):  # the heads that share keys are columns of one product
         query = query.reshape(len(keys), -1, dim).transpose(1, 2)
         return torch.baddbmm(bias, keys, query, alpha=dim ** -0.5)
-    score = scores(query, near_keys, bias)  # (B * kv_heads, S, heads / kv_heads)
+    score = scores(query, near_keys, place.bias)  # (B * kv_heads, S, heads / kv_heads)
     if far_query is not None:
         score[:, :prefix_size] = scores(far_query, near_keys[:, :prefix_size],
-                                        bias[:, :prefix_size])
+                                        place.bias[:, :prefix_size])
     weights = score.transpose(1, 2).softmax(-1, dtype=torch.float32).to(values.dtype)
-    return weighted_sum(weights, values, rows).view(len(query), -1)
+    return weighted_sum(weights, values, place).view(len(query), -1)
 
 
-def weighted_sum(weights, values, rows):
-    """weights (B * kv_heads, heads / kv_heads, S); values: of Memory -> the sums of the values of
-    `rows`, (B * heads, dim) in all."""
-    used = weights.shape[-1]
+def weighted_sum(weights, values, place):
+    """weights (B * kv_heads, heads / kv_heads, S); values: of Memory -> the sums of the values at
+    the Place `place`, (B * heads, dim) in all."""
     if values.is_cuda:
-        return weights @ values[rows, :, :used].flatten(0, 1)
+        return weights @ values[place.rows, :, :weights.shape[2]].flatten(0, 1)
     # on a CPU a product of one row reads its matrix at half the speed of this
-    _, heads, slots, dim = values.shape
-    first = torch.arange(rows.start * heads, rows.stop * heads) * slots
-    places = (first[:, None] + torch.arange(used)).repeat_interleave(weights.shape[1], 0)
-    return F.embedding_bag(places, values.view(-1, dim), mode="sum",
+    found = place.found[:, None].expand_as(weights)
+    return F.embedding_bag(found.flatten(0, 1), values.view(-1, values.shape[-1]), mode="sum",
                            per_sample_weights=weights.flatten(0, 1))
 
 
 def linear(weight, bias=None):
     """The linear layer x (B, in) -> x weightᵀ + bias (B, out) as a function, for few rows.
 
-    With few rows the time goes into reading the weights. FBGEMM, torch's library for CPUs with
-    AVX2, holds them as float16 in the order in which it reads them: a fifth of the time for two
-    rows, 60 % for 32. It is used where that loses nothing: for checkpoints stored in 16 bits.
+    With few rows, a product on a CPU takes half the time if its weights are laid out in the order
+    in which they are read. FBGEMM, torch's library for CPUs with AVX2, holds them as float16 too:
+    two rows take half of that again. It is used where it loses nothing: for checkpoints stored in
+    16 bits.
     """
-    if weight.is_cuda or "fbgemm" not in torch.backends.quantized.supported_engines:
+    if weight.is_cuda:
         return functools.partial(F.linear, weight=weight, bias=bias)
-    if (weight.half().float() - weight).abs().max() > 1e-7:
-        return functools.partial(project, weight=weight, bias=bias)
-    bias = None if bias is None else bias.float()
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), packed).to(x.dtype)
-
-
-def project(x, weight, bias=None):
-    """F.linear, in pieces of 1,024 outputs: on a CPU one long product of few rows takes half as
-    long again."""
-    biases = itertools.repeat(None) if bias is None else bias.split(1024)
-    return torch.cat([F.linear(x, *piece) for piece in zip(weight.split(1024), biases)], 1)
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    in_16_bits = (weight.half().float() - weight).abs().max() <= 1e-7
+    if in_16_bits and "fbgemm" in torch.backends.quantized.supported_engines:
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x.float(), packed).to(x.dtype)
+    if not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x.float(), weight, bias).to(x.dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # what torch.compile calls
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x.float(), packed, bias, "none", [], "").to(x.dtype)
 
 
 def products(backbone):
-    """The linear layers in each of the backbone's layers, [{name: function of `linear`}]."""
-    return [{name: linear(module.weight, module.bias) for name, module in layer.named_modules()
-             if isinstance(module, nn.Linear)} for layer in backbone.base_model.layers]
+    """The linear layers in each of the backbone's layers, [{name: function of `linear`}]. Those of
+    one input are one product: qkv (B, (heads + 2 kv_heads) * dim), gate_up (B, 2 * intermediate).
+    """
+    def together(*modules):
+        biases = [module.bias for module in modules if module.bias is not None]
+        return linear(torch.cat([module.weight for module in modules]),
+                      torch.cat(biases) if biases else None)
+    found = []
+    for layer in backbone.base_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        found.append({"qkv": together(attention.q_proj, attention.k_proj, attention.v_proj),
+                      "out": together(attention.o_proj),
+                      "gate_up": together(mlp.gate_proj, mlp.up_proj),
+                      "down": together(mlp.down_proj)})
+    return found
 
 
 def decode_frame(backbone, matrices, x, memory, rows):
@@ -431,19 +450,21 @@ def decode_frame(backbone, matrices, x, memory, rows):
     """
     def norm(module, x):
         return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-    slots, near, far, bias = memory.place(rows)
-    network, number = backbone.base_model, torch.arange(rows.start, rows.stop, device=x.device)
+    place, network = memory.place(rows), backbone.base_model
+    number = torch.arange(rows.start, rows.stop, device=x.device)
     for layer, matrix, keys, values in zip(network.layers, matrices, memory.keys, memory.values):
         h = norm(layer.input_layernorm, x)
-        query, key, value = (matrix[f"self_attn.{name}_proj"](h).view(len(x), -1, memory.dim)
-                             for name in "qkv")
-        keys[number, :, slots], values[number, :, slots] = rotate(key, near), value
-        mixed = attend(rotate(query, near), None if far is None else rotate(query, far), keys,
-                       values, bias, rows, memory.prefix_size)
-        x = x + matrix["self_attn.o_proj"](mixed)
-        h = norm(layer.post_attention_layernorm, x)
-        gate = layer.mlp.act_fn(matrix["mlp.gate_proj"](h))
-        x = x + matrix["mlp.down_proj"](gate * matrix["mlp.up_proj"](h))
+        heads = matrix["qkv"](h).view(len(x), -1, memory.dim)
+        to_turn, value = heads.tensor_split((-memory.heads,), 1)  # queries and keys; values
+        query, key = rotate(to_turn, place.near).tensor_split((-memory.heads,), 1)
+        keys[number, :, place.slots], values[number, :, place.slots] = key, value
+        far_query = None
+        if place.far is not None:
+            far_query = rotate(to_turn[:, :-memory.heads], place.far)
+        mixed = attend(query, far_query, keys, values, place, memory.prefix_size)
+        x = x + matrix["out"](mixed)
+        gate, up = matrix["gate_up"](norm(layer.post_attention_layernorm, x)).chunk(2, 1)
+        x = x + matrix["down"](layer.mlp.act_fn(gate) * up)
     memory.advance(rows)
     return norm(network.norm, x)
 
