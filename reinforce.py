@@ -210,8 +210,10 @@ def update(run, rows):
         group["lr"] = cfg.lr * min((run.step + 1) / 5, 1 - run.step / cfg.updates)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    policy, kl = (sums / max(1, sum(row["end"] - row["begin"] for row in rows))).tolist()
-    return {"policy_loss": policy, "kl": kl, "grad_norm": norm.item()}
+    frames = sum(row["end"] - row["begin"] for row in rows)
+    policy, kl, frames = np.sum(together(run, [[*sums, frames]]), 0).tolist()
+    return {"policy_loss": policy / max(1, frames), "kl": kl / max(1, frames),
+            "grad_norm": norm.item(), "frames": int(frames)}
 
 
 def supervised_loss(run, split, keys):
@@ -261,7 +263,6 @@ def loop(run):
         set_advantages(run, rows)
         row = {"update": run.step + 1, **mean_rewards(run, rows), **update(run, rows)}
         run.step += 1
-        row["frames"] = sum(together(run, [r["end"] - r["begin"] for r in rows]))
         row["seconds"] = time.time() - start
         left = (time.time() - began) / (run.step - first) * (cfg.updates - run.step)
         log.append(row)
@@ -295,7 +296,7 @@ def keep(run):
                         getattr(torch, cfg.save_dtype))
     state = {key: getattr(run, key) for key in ("step", "best", "spread", "log")}
     state |= {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-              "config": asdict(cfg)}
+              "config": asdict(cfg), "world": run.world}
     write_atomically(out / "state.pt", lambda path: torch.save(state, path))
 
 
@@ -355,15 +356,10 @@ def setup(cfg):
 
 def take_up(run):
     """The run where out/state.pt was written."""
-    path = Path(run.cfg.out) / "state.pt"
-    try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
-    except Exception as e:  # torch and pickle have many, for a file that is cut off or no such file
-        raise InputError(f"{path} cannot be read ({type(e).__name__}); begin again, with "
-                         f"model={run.cfg.out}/last and another out=") from e
-    if changed := [key for key, value in asdict(run.cfg).items()
-                   if key not in MAY_CHANGE and state["config"].get(key) != value]:
-        raise InputError(f"{path} was made with other {', '.join(changed)}; use the same")
+    state = train.read_state(run.cfg, run.device, MAY_CHANGE, "model")
+    if run.rank == 0 and (before := state.get("world", run.world)) != run.world:
+        print(f"note: {before} processes before, {run.world} now; the rollouts are others than in "
+              "one go", flush=True)
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     for key in ("step", "best", "spread", "log"):

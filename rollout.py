@@ -194,7 +194,15 @@ def talks(run, dialogues, group, seed, control):
 
 
 def listenings(run, scenes, group, seed):
-    """The axes' rows: each of the scenes is heard `group` times."""
+    """The axes' rows: each of the scenes is heard `group` times. One axis at a time: its segments
+    are about equally long, and rollouts last as long as their longest row."""
+    axes = {axis: [scene for scene in scenes if scene and scene["axis"] == axis] for axis in AXES}
+    return [row for axis, own in axes.items() if own
+            for row in listenings_of(run, own, group, f"{seed}/{axis}")]
+
+
+def listenings_of(run, scenes, group, seed):
+    """The rows of scenes of one axis."""
     prompts, speakers = ([scene[key] for scene in scenes] for key in ("prompt", "speaker"))
     audio, text, frames = rollout(run, prompts, torch.stack(speakers), group, seed, scenes)
     rows = []
@@ -207,7 +215,7 @@ def listenings(run, scenes, group, seed):
         own = [s | {"start": s["start"] - earlier, "end": s["end"] - earlier} for s in before] + new
         rewards = axis_rewards(scene["axis"], own, scene["events"], scene["end"])
         rows.append(row_of(run, prompts[k], speakers[k], audio[b], row, scene["context"], end,
-                           ("scene", k), rewards, axis=scene["axis"], heard=scene["heard"],
+                           (scene["axis"], k), rewards, axis=scene["axis"], heard=scene["heard"],
                            said=words_of(new)))
     return rows
 
@@ -228,8 +236,7 @@ def draw_rows(run):
         entries = [entry for axis in cfg.axes.split() for entry in
                    rng.choices(run.scenes["train"][axis], k=cfg.per_axis)]
         scenes = [scene_of(run, entry, dialogues[entry["dialogue"]], context) for entry in entries]
-        if scenes := [scene for scene in scenes if scene]:
-            rows += listenings(run, scenes, cfg.group, seed)
+        rows += listenings(run, scenes, cfg.group, seed)
     if run.judge:
         rate(run.judge, rows)
     return [row for row in rows if row["end"] > row["begin"]]
@@ -246,9 +253,7 @@ def held_out_rows(run):
     entries = [entry for some in run.scenes["validation"].values()
                for entry in some[run.rank:cfg.eval_pairs:run.world]]
     scenes = [scene_of(run, entry, dialogues[entry["dialogue"]], cfg.context) for entry in entries]
-    if scenes := [scene for scene in scenes if scene]:
-        rows += listenings(run, scenes, 1, f"held out/{run.rank}")
-    return rows
+    return rows + listenings(run, scenes, 1, f"held out/{run.rank}")
 
 
 def read_scenes(path, split, dialogues, fmt, axes):

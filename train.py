@@ -391,19 +391,20 @@ def dialogues_seen(run):
     return {"number": len(run.train), "checksum": checksum}
 
 
-def read_state(run):
-    """out/state.pt, a dict as checkpoint() writes it."""
-    path = Path(run.cfg.out) / "state.pt"
+def read_state(cfg, device, may_change=MAY_CHANGE, start="init"):
+    """out/state.pt, a dict as checkpoint() writes it. may_change: settings that need not be those
+    of before; start: the setting that names the weights to begin with (reinforce.py has others)."""
+    path = Path(cfg.out) / "state.pt"
     try:
-        state = torch.load(path, map_location=run.device, weights_only=True)
-        config, _ = state["config"], state["optimizers"]
+        state = torch.load(path, map_location=device, weights_only=True)
+        config, _ = state["config"], state["model"]
     except Exception as e:  # torch and pickle have many, for a file that is cut off or no such file
         raise InputError(f"{path} cannot be read ({type(e).__name__}), so this run cannot go on; "
-                         f"start a new one from its last weights: init={run.cfg.out}/last, another "
+                         f"start a new one from its last weights: {start}={cfg.out}/last, another "
                          "out=, and no resume") from e
     # a setting that did not exist when it was written had today's default
-    changed = [key for key, value in asdict(run.cfg).items()
-               if key not in MAY_CHANGE and config.get(key, getattr(Config, key)) != value]
+    changed = [key for key, value in asdict(cfg).items()
+               if key not in may_change and config.get(key, getattr(cfg.__class__, key)) != value]
     if changed:
         raise InputError(f"{path} was made with other settings ({', '.join(changed)}); resume with "
                          "the same ones")
@@ -412,7 +413,7 @@ def read_state(run):
 
 def resume(run):
     """Take the run up where out/state.pt was written."""
-    state = read_state(run)
+    state = read_state(run.cfg, run.device)
     if state["world"] != run.world:
         if run.cfg.streaming:
             raise InputError(f"{run.cfg.out}/state.pt was made by {state['world']} processes; a "

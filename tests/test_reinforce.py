@@ -61,7 +61,7 @@ def test_probabilities_of_the_rollout_are_those_of_the_training_pass(start, monk
     """Golden: what Sampler drew from, frame by frame through its own cache, and what the loss sees
     are the same numbers, for talks and for segments behind a recorded context."""
     run, drawn = start(f"policy={policy}", "context=15"), []
-    original = Draws.text
+    original, scenes = Draws.text, run.scenes["validation"]
 
     def text(self, logits, u, rows):
         drawn.append(logits.clone())
@@ -69,10 +69,9 @@ def test_probabilities_of_the_rollout_are_those_of_the_training_pass(start, monk
     monkeypatch.setattr(Draws, "text", text)
     for pairs in (2, 0):
         drawn.clear()
-        run.cfg.pairs, files = pairs, run.scenes
-        run.scenes = {"validation": {}} if pairs else files
-        rows, run.scenes = reinforce.held_out_rows(run), files
-        joined = drawn[:]
+        run.cfg.pairs = pairs
+        run.scenes["validation"] = {} if pairs else {"turn": scenes["turn"]}  # one rollout each
+        rows = reinforce.held_out_rows(run)
         for row in rows:
             row["advantage"] = 1.0
         inputs, ids, inside, _ = reinforce.pad_rows(rows, run.tokenizer.eos_token_id, run.device)
@@ -80,9 +79,9 @@ def test_probabilities_of_the_rollout_are_those_of_the_training_pass(start, monk
         classes = run.classes if policy == "classes" else None
         trained = reinforce.log_chosen(reinforce.log_policy(run.model.text_logits(hidden), run),
                                        ids, classes)
-        rolled = torch.stack(joined[:ids.shape[1]], 1)  # (B, F, V)
+        rolled = torch.stack(drawn[:ids.shape[1]], 1)  # (B, F, V)
         rolled = reinforce.log_chosen(reinforce.log_policy(rolled, run), ids, classes)
-        assert inside.sum() > 50
+        assert inside.sum() > 30
         assert torch.allclose(trained[inside], rolled[inside], atol=1e-4)
 
 
@@ -226,6 +225,14 @@ def test_run_goes_on(folder, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "part" / name).exists()
     config = load_checkpoint(tmp_path / "part" / "last")[3]
     assert config["sampling"]["word_temperature"] == 0.4 and config["reinforced"]["updates"] == 2
+    torch.save(states[1] | {"world": 2}, tmp_path / "part" / "state.pt")
+    reinforce.main([*words, f"out={tmp_path}/part", "resume=true"])
+    assert "note: 2 processes before, 1 now" in capsys.readouterr().out
+    with pytest.raises(InputError, match="other settings .kl.;"):
+        reinforce.main([*words, f"out={tmp_path}/part", "resume=true", "kl=0.5"])
+    (tmp_path / "part" / "state.pt").write_bytes(b"cut off")
+    with pytest.raises(InputError, match=f"model={tmp_path}/part/last"):
+        reinforce.main([*words, f"out={tmp_path}/part", "resume=true"])
 
 
 def test_scene(start, dialogues):
