@@ -77,6 +77,7 @@ from turns import (
     INTERRUPTION,
     OVERLAP,
     SPLIT,
+    SPLIT_VOICED,
     count_events,
     fit_thresholds,
     label_segments,
@@ -85,7 +86,7 @@ from turns import (
 )
 
 KNOWN = 5000  # training dialogues whose texts are the known words: enough to hold every one
-CACHE = 3  # raise when `hear` changes, so that old results are not taken for new ones
+CACHE = 4  # raise when `hear` changes, so that old results are not taken for new ones
 KINDS = {"backchannels": "backchannel", "interruptions": "interruption"}  # -> data.mark_kind's
 
 
@@ -105,7 +106,7 @@ class Settings:
     judge: str = ""  # chat model that rates narratives, e.g. meta-llama/Llama-3.1-8B-Instruct
     default: bool = False  # make the shipped model's dialogues (n, 0 = 200), score them and theirs
     fit_thresholds: bool = False  # search the three thresholds on annotated dialogues instead
-    merge: float = SPLIT  # seconds of silence from which on a speaker's words are two segments
+    merge: float = 0.0  # silence (s) that parts segments; 0: 0.565, of voiced stretches 0.465
     interruption: float = INTERRUPTION  # it starts more than this before the other's end
     overlap: float = OVERLAP  # words of one speaker that overlap by more are two segments
     jobs: int = 0  # processes, 0 = one per core
@@ -467,8 +468,7 @@ def score(dialogue, heard, rng, settings):
     """
     speakers, channels = dialogue["speakers"], heard["channels"]
     words = [said(channel, speaker, settings) for channel, speaker in zip(channels, speakers)]
-    segments = label_segments(merge_words(words, settings.merge, settings.overlap),
-                              settings.interruption)
+    segments = find_segments(words, settings)
     figures = (score_words(speakers, channels) | score_start(speakers, channels, words, rng)
                | score_voices(speakers, channels) | score_events(dialogue, segments)
                | score_text(dialogue, settings)
@@ -484,6 +484,23 @@ def name_of(speakers, k):
     return speakers[k].get("name", f"speaker {k + 1}")
 
 
+def counts_on(settings):
+    """What events are counted on: speech, words or text."""
+    return settings.count_on or ("words" if is_parakeet(settings.asr) else "speech")
+
+
+def thresholds(settings):
+    """(silence that parts segments, overlap of an interruption, overlap that parts segments), s."""
+    split = SPLIT_VOICED if counts_on(settings) == "speech" else SPLIT
+    return settings.merge or split, settings.interruption, settings.overlap
+
+
+def find_segments(words, settings):
+    """Words of `said`, of both speakers, as labelled segments."""
+    split, interruption, overlap = thresholds(settings)
+    return label_segments(merge_words(words, split, overlap), interruption)
+
+
 def said(channel, speaker, settings):
     """What a speaker says, as words {word, start, end} to count events on.
 
@@ -491,7 +508,7 @@ def said(channel, speaker, settings):
     and is unsure where a word begins, the voiced stretches are the words, each with the text,
     perhaps none, that was recognised in it. count_on=text: the words of the text stream.
     """
-    count_on = settings.count_on or ("words" if is_parakeet(settings.asr) else "speech")
+    count_on = counts_on(settings)
     if count_on == "words":
         return channel["words"]
     if count_on == "text":
@@ -1157,13 +1174,11 @@ def print_thresholds(sets, settings):
         truth.append([[speaker[kind] for kind in KINDS] for speaker in speakers])
         words.append([said(channel, speaker, settings)
                       for channel, speaker in zip(heard["channels"], speakers)])
-        now.append(count_events(label_segments(
-            merge_words(words[-1], settings.merge, settings.overlap), settings.interruption)))
+        now.append(count_events(find_segments(words[-1], settings)))
     wrong, best = fit_thresholds(words, truth)
     print(f"{len(pairs)} of {len(dialogues)} dialogues, missing and extra events a dialogue:")
     wrong_now = np.abs(np.subtract(now, truth)).sum() / len(pairs)
-    for count, values in ((wrong_now, (settings.merge, settings.interruption, settings.overlap)),
-                          (wrong, best)):
+    for count, values in ((wrong_now, thresholds(settings)), (wrong, best)):
         print("{:.2f} with merge={} interruption={} overlap={}".format(count, *values))
 
 

@@ -60,13 +60,24 @@ def _vad():
     return package("silero_vad", "voice activity").load_silero_vad(sequence=True)
 
 
-def voiced(audio, shortest=0.1):
+VAD_FRAME = 512  # samples
+
+
+def voiced(audio, shortest=0.1, warm=True):
     """Stretches of speech of at least `shortest` seconds, [(start, end)] in seconds (Silero VAD).
-    Short ones count: backchannels are short."""
+    Short ones count: backchannels are short.
+
+    warm: it hears the audio twice, and the second time counts. Of a voice that is new to it, it is
+    unsure for some seconds, and misses a first "uh huh".
+    """
     model = _vad()
-    from silero_vad.sequence_vad import get_speech_timestamps_sequence
-    found = get_speech_timestamps_sequence(audio, model,
-                                           min_speech_duration_ms=round(1000 * shortest))
+    from silero_vad.utils_vad import get_speech_timestamps_from_probs
+    frames = -(-len(audio) // VAD_FRAME)
+    whole = np.pad(audio, (0, frames * VAD_FRAME - len(audio)))
+    chances = model.audio_forward(np.concatenate([whole, whole]) if warm else whole)
+    found = get_speech_timestamps_from_probs(chances[-frames:], RATE,
+                                             min_speech_duration_ms=round(1000 * shortest),
+                                             audio_length_samples=len(audio))
     return [(s["start"] / RATE, s["end"] / RATE) for s in found]
 
 

@@ -8,6 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 SPLIT, INTERRUPTION, OVERLAP = 0.565, 0.405, 0.435  # seconds, the paper's thresholds (C.2)
+# A voiced stretch goes on for 0.1 s after its last word (measured on true word times), so that the
+# silence between two stretches is that much shorter than between their words: SPLIT - 0.1
+SPLIT_VOICED = 0.465
 
 
 def merge_words(words, split=SPLIT, overlap=OVERLAP):

@@ -268,6 +268,20 @@ def test_voice_activity_holds_words_that_the_recogniser_lost():
     assert evaluate.said(channel, stream, Settings(count_on="text")) == stream["words"]
 
 
+def test_silence_between_voiced_stretches_is_longer_than_it_looks():
+    """A backchannel 0.65 s before its speaker's next turn is a segment of its own, whose stretch
+    ends 0.1 s late; words 0.55 s apart are one segment."""
+    host, own = [{"word": "a", "start": 0, "end": 4}], [(2, 2.5), (3.05, 5)]
+    pair = [host, [{"word": "b", "start": start, "end": end} for start, end in own]]
+    for setting, labels in (
+        ({}, ["turn", "backchannel", "interruption"]),
+        ({"count_on": "words"}, ["turn", "interruption"]),
+        ({"merge": 0.6}, ["turn", "interruption"]),
+    ):
+        segments = evaluate.find_segments(pair, Settings(**setting))
+        assert [segment["label"] for segment in segments] == labels
+
+
 STORIES = [
     "A farmer lost the car keys.",
     "My aunt baked an apple pie.",

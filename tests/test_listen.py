@@ -3,13 +3,17 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from codec import read_audio
+from codec import load_codec, read_audio
 from config import InputError
 from listen import RATE, _windows, recognise, speaker_encoder, to_16k, voiced
+from world import bank
 
-SPEECH = Path(__file__).parent / "speech"
+ROOT = Path(__file__).parent.parent
+SPEECH = ROOT / "tests" / "speech"
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
@@ -49,6 +53,23 @@ def test_windows_hold_what_whisper_reads_at_once():
     groups = _windows(phrases)
     assert [phrase for group in groups for phrase in group] == phrases
     assert [len(group) for group in groups] == [9, 9, 2, 1, 1] and _windows([]) == []
+
+
+def test_a_first_uh_huh_is_heard():
+    """Voice activity is unsure of a voice that it does not know yet; `voiced` hears it twice."""
+    pytest.importorskip("silero_vad")
+    coded = bank.read_codes(ROOT / "default/bank.safetensors")
+    clips = coded["clips"]
+    texts = [text for voice, text in clips if voice == "jf_tebukuro" and len(text) > 25][:4]
+    pause = np.tile(coded["silence"][:, None], 8)
+    said = [clips["jf_tebukuro", text]["codes"] for text in ("Uh huh.", *texts)]
+    codes = np.concatenate([pause, said[0], pause, pause, *said[1:]], 1)
+    codec = load_codec(ROOT / "default/codec.safetensors")
+    with torch.inference_mode():
+        audio = to_16k(codec.decode(torch.tensor(codes).long()[None])[0][0], codec.sample_rate)
+    assert voiced(audio, warm=False)[0][0] > 2  # misses it
+    assert voiced(audio)[0] == pytest.approx((0.67, 1.4), abs=0.1)
+    assert voiced(audio[:0]) == []
 
 
 def test_whisper_hears_every_phrase_in_its_place():
