@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import train
 from codec import load_codec
-from config import InputError, hub_problem, load_settings, use_threads
+from config import InputError, hub_problem, keep_memory, load_settings, use_threads
 from data import EXTRA_TOKENS, FRAME_RATE, StreamFormat
 from generate import Conversation, Sampler, read_prefix
 from model import FActor, load_checkpoint
@@ -106,6 +106,7 @@ def this_machine(cfg):
         size = 8192
     else:
         use_threads(cfg.threads)
+        keep_memory()  # as in training
         threads = torch.get_num_threads()
         machine = Machine(torch.device("cpu"), torch.float32, f"CPU, {threads} thread(s)")
         size = 2048

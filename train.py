@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from config import (
     InputError,
     hub_problem,
+    keep_memory,
     load_settings,
     use_threads,
     write_atomically,
@@ -317,6 +318,8 @@ def setup(cfg):
     check_codec(cfg)
     use_threads(cfg.threads)
     rank, world, device = join_processes()
+    if device.type == "cpu":
+        keep_memory()
     torch.manual_seed(cfg.seed)  # the same weights in every process
     opened = load_dialogues(cfg.data, "train", cfg.streaming)
     model, tokenizer = build(cfg, fmt, opened)

@@ -1,5 +1,7 @@
 """bench.py: what it computes, and that every part runs."""
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import LlamaConfig
 
 import bench
 from codec import MiniCodec, save_minicodec
-from config import InputError
+from config import InputError, keep_memory
 
 SMALL = {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 128, "vocab": 500, "prompt": 5,
          "codebook_size": 50, "frames": 100, "batch": 1}
@@ -27,6 +29,17 @@ def test_memory_is_computed(tmp_path):
     assert 8 * parameters <= small["Optstate"] < 8.1 * parameters
     assert large["Total"] - small["Total"] > 2 * (small["Total"] - 16 * parameters) > 0
     assert again["Total"] < large["Total"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives memory back")
+def test_memory_is_kept_for_the_next_step():
+    def held():
+        return int(Path("/proc/self/statm").read_text().split()[1])  # pages of 4 kB
+    keep_memory()
+    piece = torch.ones(2 ** 25)  # 128 MB
+    before = held()
+    del piece
+    assert held() > before - 1000
 
 
 def test_products_are_counted():

@@ -97,10 +97,13 @@ def test_logits_in_pieces(monkeypatch, rows):
         ce = cross_entropy(*leaves, target)
         ce.square().sum().backward()
         return ce, *(t.grad for t in leaves)
-    logits = F.linear(hidden, weight, bias).view(2, 7, *rows, classes)
     whole = run(2 ** 20)
-    expected = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
-    torch.testing.assert_close(whole[0].flatten(), expected)
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    logits = F.linear(*leaves).view(-1, classes)
+    expected = F.cross_entropy(logits, target.flatten(), reduction="none")
+    expected.square().sum().backward()
+    for found, same in zip(whole, (expected.view_as(target), *(t.grad for t in leaves))):
+        torch.testing.assert_close(found, same)
     for at_once in (1, 66 * 3, 66 * 14):
         for found, same in zip(run(at_once), whole):
             torch.testing.assert_close(found, same)
