@@ -271,8 +271,9 @@ def streams(dialogue, system, tokenizer, fmt):
     """One dialogue from the side of speaker `system`, without the end marks.
 
     Returns a dict of prompt (P,), audio (2K, T+delay), text (T+delay,) as long tensors and speaker
-    (S,) float; or None if the dialogue's text cannot be laid out (see text_stream). With alignment
-    'none' the text row is silence pads.
+    (S,) float; where the data set has mistakes for `spoil` (columns slip_c1_path, slip_c2_path),
+    also slip (K, T+delay), the system's own codes with these. None if the dialogue's text cannot be
+    laid out (see text_stream). With alignment 'none' the text row is silence pads.
     """
     silence = tokenizer.convert_tokens_to_ids(SILENCE_PAD)
     codes = [dialogue["dsu_c1_path"], dialogue["dsu_c2_path"]]
@@ -281,15 +282,21 @@ def streams(dialogue, system, tokenizer, fmt):
         text, _ = text_stream(dialogue, system, tokenizer, fmt)
     if text is None:
         return None
-    audio = np.array(codes[system] + codes[1 - system])  # (2K, T); a tensor of lists takes longer
-    audio = torch.from_numpy(audio)[:, :fmt.max_frames]
+    audio = codes[system] + codes[1 - system]  # (2K, T)
+    slip = dialogue.get(f"slip_c{system + 1}_path")
     text = torch.from_numpy(text)[:fmt.max_frames]  # (T,)
     prompt = tokenizer.encode(instruction(dialogue, system, fmt), add_special_tokens=False)
     speaker = dialogue[f"spk_emb_c{system + 1}"]
-    return {"prompt": torch.tensor(prompt),
-            "audio": torch.nn.functional.pad(audio, (fmt.delay, 0), value=fmt.codebook_size),
+    item = {"prompt": torch.tensor(prompt), "audio": delayed(audio, fmt),
             "text": torch.nn.functional.pad(text, (0, fmt.delay), value=silence),
             "speaker": torch.tensor(speaker, dtype=torch.float32)}
+    return item if slip is None else item | {"slip": delayed(slip, fmt)}
+
+
+def delayed(codes, fmt):
+    """R lists of T codes -> (R, T + delay), T at most max_frames, behind delay ids."""
+    codes = torch.from_numpy(np.array(codes))[:, :fmt.max_frames]  # a tensor of lists takes longer
+    return torch.nn.functional.pad(codes, (fmt.delay, 0), value=fmt.codebook_size)
 
 
 def pad_left(rows, pad):
@@ -311,33 +318,40 @@ def collate(items, end_token, fmt):
     the end token, which are the padding too.
 
     Returns prompt (B, P) and prompt_mask (B, P) or None as of pad_left, audio (B, 2K, T) and text
-    (B, T) with frame_mask (B, T), speaker (B, S).
+    (B, T) with frame_mask (B, T), speaker (B, S); and slip (B, K, T) if all items have one.
     """
     def close(rows, end):  # rows (T, ...) of several lengths -> (B, longest T + 1, ...)
         rows = [torch.cat([row, row.new_full((1, *row.shape[1:]), end)]) for row in rows]
         return pad_sequence(rows, batch_first=True, padding_value=end)
 
     prompt, prompt_mask = pad_left([item["prompt"] for item in items], end_token)
-    audio = close([item["audio"].T for item in items], fmt.codebook_size + 1).transpose(1, 2)
+    def codes(key):  # (B, R, T)
+        return close([item[key].T for item in items], fmt.codebook_size + 1).transpose(1, 2)
+
+    slip = {"slip": codes("slip")} if all("slip" in item for item in items) else {}
     text = close([item["text"] for item in items], end_token)
     frames = torch.tensor([len(item["text"]) + 1 for item in items])
-    return {"prompt": prompt, "prompt_mask": prompt_mask, "audio": audio, "text": text,
-            "frame_mask": torch.arange(text.shape[1]) < frames[:, None],
-            "speaker": torch.stack([item["speaker"] for item in items])}
+    return {"prompt": prompt, "prompt_mask": prompt_mask, "audio": codes("audio"),
+            "text": text, "frame_mask": torch.arange(text.shape[1]) < frames[:, None],
+            "speaker": torch.stack([item["speaker"] for item in items])} | slip
 
 
 def spoil(batch, most, fmt, seeds):
     """The audio (B, 2K, T) of a batch of `collate`, with mistakes in what the system says: each
     stretch of a second, with a probability drawn per dialogue from 0 to `most`, gets the codes that
-    the system says at another time. One seed a dialogue.
+    the system says at another time; and where the data set has mistakes of its own (`slip`), every
+    second dialogue has these. One seed a dialogue.
 
     As a model's input, not its target. With true codes only, a model reads its next word off its
     own audio and hardly looks at its own text; when it then runs freely, each slip of the audio
     becomes one of the words, and the next slip. Not in the paper.
     """
     audio, system = batch["audio"].clone(), batch["audio"].shape[1] // 2
-    for row, mask, seed in zip(audio, batch["frame_mask"], seeds):
+    slips = batch.get("slip", [None] * len(audio))
+    for row, slip, mask, seed in zip(audio, slips, batch["frame_mask"], seeds):
         rng = torch.Generator().manual_seed(seed)
+        if slip is not None and seed % 2:
+            row[:system] = slip
         said = row[:system, fmt.delay:int(mask.sum()) - 1]  # (K, frames)
         frames = said.shape[1]
         share = most * torch.rand((), generator=rng)
@@ -577,12 +591,13 @@ class Dialogues(torch.utils.data.Dataset):
         ids = torch.int16 if fmt.codebook_size + 1 < 2 ** 15 else torch.int32
         audio = sides[0]["audio"].to(ids)  # of the other side: the same with the halves exchanged
         texts = [(item["prompt"].int(), item["text"].int(), item["speaker"]) for item in sides]
+        slips = [item["slip"].to(ids) for item in sides if "slip" in item]
         shape = len(audio), [len(item["speaker"]) for item in sides]
         if self.kept and shape != self.shape:
             raise InputError(f"has {shape[0]} rows of codes and {shape[1]} speaker numbers, the "
                              f"first one {self.shape[0]} and {self.shape[1]}; prepare all alike")
         self.shape = shape
-        self.kept.append((audio, texts))
+        self.kept.append((audio, texts, slips))
         self.lengths.append(audio.shape[1])
         self.seconds += len(dialogue["dsu_c1_path"][0]) / FRAME_RATE
         self.seconds_used += (audio.shape[1] - fmt.delay) / FRAME_RATE
@@ -594,11 +609,12 @@ class Dialogues(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """An item of `streams`."""
         index, side = key
-        audio, sides = self.kept[index]
+        audio, sides, slips = self.kept[index]
         prompt, text, speaker = sides[side]
         audio = audio.roll(side * len(audio) // 2, 0)  # (2K, T)
-        return {"prompt": prompt.long(), "audio": audio.long(), "text": text.long(),
+        item = {"prompt": prompt.long(), "audio": audio.long(), "text": text.long(),
                 "speaker": speaker}
+        return item | {"slip": slips[side].long()} if slips else item
 
     def notes(self):
         """Lines that whoever starts a training should read: what is left out, and why."""

@@ -621,10 +621,10 @@ def voices(out):
     return read_json(Path(out, "voices.json"), "prepare.py writes such a file")
 
 
-def write_shard(path, rows, reports):
-    """Writes rows of COLUMNS as parquet, atomically; the reports go in its metadata, so that
+def write_shard(path, rows, reports, columns=COLUMNS):
+    """Writes rows of `columns` as parquet, atomically; the reports go in its metadata, so that
     resuming has them."""
-    schema = COLUMNS.with_metadata({"reports": json.dumps(reports)})
+    schema = columns.with_metadata({"reports": json.dumps(reports)})
     table = pa.Table.from_pylist(rows, schema=schema)
     write_atomically(path, lambda new: pq.write_table(table, new, compression="zstd"))
 

@@ -366,7 +366,7 @@ def describe(run):
             continue
         for line in part.notes():
             run.say(f"  {split}: {line}")
-        for audio, sides in part.kept:
+        for audio, sides, _ in part.kept:
             prompt = max(len(prompt) for prompt, _, _ in sides)
             check_positions(run.model, prompt + audio.shape[1] + 1)
 
@@ -388,8 +388,8 @@ def dialogues_seen(run):
     if not run.train:
         return {}
     checksum = 0
-    for audio, sides in run.train.kept:
-        for tensor in (audio, *(part for side in sides for part in side)):
+    for audio, sides, slips in run.train.kept:
+        for tensor in (audio, *(part for side in sides for part in side), *slips):
             checksum = zlib.crc32(tensor.contiguous().numpy(), checksum)
     return {"number": len(run.train), "checksum": checksum}
 
@@ -503,7 +503,7 @@ def checkpoint(run, is_best):
 def longest_prompt(run):
     """Tokens of the longest prompt of the training split; of the validation split, if streamed."""
     laid_out = run.train or run.val
-    return max(len(prompt) for _, sides in laid_out.kept for prompt, _, _ in sides)
+    return max(len(prompt) for _, sides, _ in laid_out.kept for prompt, _, _ in sides)
 
 
 # ---- batches ----

@@ -194,6 +194,39 @@ def test_encode_and_compare(made, tmp_path, monkeypatch, capsys):
     assert "speech: " in capsys.readouterr().out
 
 
+def test_slips(made, tmp_path):
+    """Mistakes: a sentence with a slot begins as with another filling, up to its slot; all else is
+    as it is, and so are the other columns."""
+    coded, world = bank.read_codes(made / "bank.safetensors"), corpus.read_situations(
+        made / "small.yaml")
+    clips, spots = coded["clips"], world["situations"]["lost_thing"]["slots"]["spot"]
+    forms = {text: family for family in corpus.families(world) for text in family}
+    assert forms[f"Maybe it is {spots[0]}."] == [f"Maybe it is {spot}." for spot in spots]
+    codes = np.full((2, 2, 100), 9)
+    for n, spot in enumerate(spots):  # one that stops before its end, and one without a slot
+        text = f"Maybe it is {spot}."
+        length, first = clips["joe", text]["frames"] - n, clips["joe", text]["words"][3][1]
+        pieces = [(0, "joe", text, 5, length), (0, "joe", "Yeah.", 70, 9)]
+        wrong = corpus.slipped(np.random.default_rng(n), pieces, codes, coded, forms)
+        until = round(first / corpus.SECONDS) - 1  # in two of three it is one word later
+        begins = [clips["joe", form]["codes"][:, :until] for form in forms[text]]
+        same = [np.array_equal(wrong[0, :, 5:5 + until], begin) for begin in begins]
+        assert sum(same) == 1 and not same[n]
+        assert (wrong[0, :, 5 + length:] == 9).all() and (wrong[1] == 9).all()
+    plain, slips = (load_dialogues(str(compose(made, tmp_path / name, *more)), "train")
+                    for name, more in (("a", []), ("b", ["slips=true"])))
+    assert all(slips[0][key] == value for key, value in plain[0].items())
+    assert np.shape(slips[0]["slip_c2_path"]) == np.shape(slips[0]["dsu_c2_path"])
+
+
+def test_smaller_world():
+    """`topics` keeps the first situations of training, and all that only the test has."""
+    whole, small = (corpus.read_situations(SITUATIONS, topics) for topics in (0, 3))
+    kept = [[n for n, s in small["situations"].items() if s["test_only"] == t] for t in (0, 1)]
+    every = [[n for n, s in whole["situations"].items() if s["test_only"] == t] for t in (0, 1)]
+    assert kept == [every[0][:3], every[1]] and len(every[0]) > 3
+
+
 def test_plans_are_independent():
     """Over many dialogues: counts uniform and unrelated, starter a coin unless biased, held-out
     situations only in test."""

@@ -331,6 +331,12 @@ def test_spoil(dialogues, tokenizer):
         changed.append((spoiled != audio).any(1).sum().item() / batch["frame_mask"].sum().item())
     assert 0.1 < sum(changed) / len(changed) < 0.4 and max(changed) > 0.3
     assert torch.equal(spoil(batch, 0.0, FORMAT, [0] * len(items)), audio)
+    # mistakes that the data set has: in every second dialogue
+    batch["slip"] = torch.where(audio < 64, (audio + 1) % 64, audio)[:, :system]
+    slipped = spoil(batch, 0.0, FORMAT, range(len(items)))
+    assert torch.equal(slipped[1::2, :system], batch["slip"][1::2])
+    assert torch.equal(slipped[::2], audio[::2]) and torch.equal(slipped[:, system:],
+                                                                 audio[:, system:])
 
 
 def test_every_word_is_one_token(whole_words, dialogues):

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from codec import load_codec
 from config import InputError, load_settings, over_cores, read_text, write_atomically, write_json
-from prepare import SPLITS, claim, summarise, write_shard
+from prepare import COLUMNS, SPLITS, claim, summarise, write_shard
 from turns import count_events, label_segments, merge_words
 from world import bank
 from world.bank import FADE, FRAME, RATE, VOICES
@@ -57,6 +58,9 @@ HEARD = (1.7, 2.6)  # at least, of an interrupted turn; the second if it interru
 LONG_TURN = 9  # words a turn needs to be interrupted
 APART = 0.65  # around a backchannel in its own channel: more than turns.SPLIT
 INSIDE = 0.3  # of the other's turn before and after a backchannel
+SLIPPED = COLUMNS
+for name in ("slip_c1_path", "slip_c2_path"):
+    SLIPPED = SLIPPED.append(COLUMNS.field("dsu_c1_path").with_name(name))
 WEAK = set("a an the to of in on at for with and or but my your our his her their is are was be i "
            "you we they it's i'm that this some so if as by from very really not no it".split())
 
@@ -87,6 +91,8 @@ class Settings:
     workers: int = 0  # processes; 0: one per core
     shard_size: int = 1000  # dialogues a parquet file
     situations: str = str(Path(__file__).with_name("situations.yaml"))
+    slips: bool = False  # also write codes with mistakes, for train.py's wrong_history
+    topics: int = 0  # only the first N situations of training, for a smaller world; 0: all
 
 
 @dataclass
@@ -114,10 +120,11 @@ def sentences_of(text):
 
 
 @functools.cache
-def read_situations(path):
+def read_situations(path, topics=0):
     """world/situations.yaml as a dict: names, openings, fillers, cut_ins, backchannels (lists of
     str), situations (name -> slots, narrative, ask, tell, turns, test_only; lists of
-    alternatives). Raises InputError on a file that is odd."""
+    alternatives). topics: only the first so many that training may have; 0: all. Raises InputError
+    on a file that is odd."""
     try:
         raw = yaml.safe_load(read_text(path))
 
@@ -139,6 +146,9 @@ def read_situations(path):
                          f"the top of world/situations.yaml); trouble with {e}") from e
     if len({s["test_only"] for s in world["situations"].values()}) < 2:
         raise InputError(f"{path}: needs situations with and without test_only")
+    trained = [name for name, s in world["situations"].items() if not s["test_only"]]
+    for name in trained[topics or len(trained):]:
+        del world["situations"][name]
     return world
 
 
@@ -162,24 +172,27 @@ def narrate(template, slots, you=None):
     return fill(re.sub(r"\$[AB]_(they|their|them)\b", r"\1", template), slots)
 
 
-def every_sentence(world, where="the situations"):
-    """All sentences that can be said, slots filled, sorted: what the bank holds. where: for an
-    InputError's line."""
+def families(world, where="the situations"):
+    """Per sentence that can be said, the list of all its forms: one, or one for each filling of its
+    slot. where: for an InputError's line."""
     names = {key: world["names"] for key in ("other", "A", "B")}
     lines = [(text, names) for key in ALWAYS for text in world[key]]
     for situation in world["situations"].values():
         for line in (situation["ask"], situation["tell"], *situation["turns"]):
             lines += [(text, situation["slots"] | names) for text in line]
-    found = set()
     for text, slots in lines:
         for sentence in sentences_of(text):
             used = sorted(set(re.findall(r"\$(\w+)", sentence)))
             if unknown := [key for key in used if key not in slots]:
                 raise InputError(f"{where}: {sentence!r} has no slot called {unknown[0]}; add it "
                                  "to slots")
-            for values in itertools.product(*(slots[key] for key in used)):
-                found.add(fill(sentence, dict(zip(used, values))))
-    return sorted(found)
+            values = itertools.product(*(slots[key] for key in used))
+            yield [fill(sentence, dict(zip(used, one))) for one in values]
+
+
+def every_sentence(world, where="the situations"):
+    """All sentences that can be said, slots filled, sorted: what the bank holds."""
+    return sorted(set(itertools.chain.from_iterable(families(world, where))))
 
 
 def split_of(i):
@@ -491,6 +504,26 @@ def codes_of(pieces, frames, coded):
     return codes
 
 
+def slipped(rng, pieces, codes, coded, forms):
+    """Codes (2, K, frames) of a dialogue in which each sentence with a slot begins as with another
+    filling, up to its slot: mistakes for data.spoil.
+
+    A synthesiser says "I can come on" before "Monday" a little otherwise than before "Friday". Who
+    has learnt by heart how can tell the day before it is said, from its own first codes of the
+    sentence, and does so instead of reading it in the prompt (docs/results.md). forms: {sentence:
+    all its forms}.
+    """
+    codes = codes.copy()
+    for speaker, voice, text, at, length in pieces:
+        if others := [form for form in forms[text] if form != text]:
+            other, clip = draw(rng, others), coded["clips"][voice, text]
+            same = os.path.commonprefix([text.split(), other.split()])
+            until = round(clip["words"][len(same)][1] / SECONDS)
+            part = coded["clips"][voice, other]["codes"][:, :min(until, length)]
+            codes[speaker, :, at:at + part.shape[1]] = part
+    return codes
+
+
 def audio_of(pieces, frames, clips):
     """Pieces of a dialogue -> (audio (2, frames * 1764) int16, phones of both channels [[phone,
     start, duration]])."""
@@ -518,7 +551,7 @@ def record_dialogue(i, settings):
     """Writes dialogue i as FLAC and JSON; the JSON comes last, so that it means a whole dialogue.
     Returns its seconds."""
     clips = audio_clips(settings.audio)
-    world = read_situations(settings.situations)
+    world = read_situations(settings.situations, settings.topics)
     info, pieces, frames = make_dialogue(settings.seed, i, world, clips)
     audio, info["phones"] = audio_of(pieces, frames, clips)
     base = str(Path(settings.out) / split_of(i) / info["file_name"])
@@ -532,18 +565,24 @@ def compose_shard(item, settings):
     """item (path, numbers of dialogues): writes these in codes as one parquet file. Returns
     (their number, seconds)."""
     path, numbers = item
-    coded, world = bank.read_codes(settings.bank), read_situations(settings.situations)
+    coded = bank.read_codes(settings.bank)
+    world = read_situations(settings.situations, settings.topics)
+    forms = {text: family for family in families(world) for text in family}
     rows, reports = [], []
     for i in numbers:
         row, pieces, frames = make_dialogue(settings.seed, i, world, coded["clips"])
         row["dsu_c1_path"], row["dsu_c2_path"] = codes_of(pieces, frames, coded).tolist()
+        if settings.slips:
+            rng = np.random.default_rng([settings.seed, i])
+            wrong = slipped(rng, pieces, codes_of(pieces, frames, coded), coded, forms)
+            row["slip_c1_path"], row["slip_c2_path"] = wrong.tolist()
         for channel, voice in enumerate(row["tts_speaker_ids"], 1):
             row[f"spk_emb_c{channel}"] = coded["embeddings"][voice]
         # the text stream's clock, as in prepare.py
         row["utterances"][-1]["end_time"] = seconds = frames * FRAME / RATE
         rows.append(row)
         reports.append({"name": row["file_name"], "seconds": seconds})
-    write_shard(path, rows, reports)
+    write_shard(path, rows, reports, SLIPPED if settings.slips else COLUMNS)
     return len(rows), sum(report["seconds"] for report in reports)
 
 
@@ -553,7 +592,8 @@ def compose_shard(item, settings):
 
 def write_recordings(settings, count, mark):
     out = Path(settings.out)
-    bank.check_whole(settings.audio, every_sentence(read_situations(settings.situations)))
+    bank.check_whole(settings.audio, every_sentence(read_situations(settings.situations,
+                                                                       settings.topics)))
     claim(out / "corpus.json", mark)
     for split in SPLITS:
         (out / split).mkdir(exist_ok=True)
@@ -565,7 +605,7 @@ def write_recordings(settings, count, mark):
 
 def write_codes(settings, count, mark):
     out, coded = Path(settings.out), bank.read_codes(settings.bank)
-    sentences = every_sentence(read_situations(settings.situations))
+    sentences = every_sentence(read_situations(settings.situations, settings.topics))
     for voice, text in itertools.product(VOICES, sentences):
         if (voice, text) not in coded["clips"]:
             raise InputError(f"{settings.bank}: lacks {text!r} by {voice}; encode the bank of "
@@ -624,10 +664,10 @@ def main(argv):
     settings = load_settings(Settings, argv)
     if not settings.hours > 0 or settings.shard_size < 1:
         raise InputError("hours must be above 0 and shard_size at least 1")
-    if settings.seed < 0 or settings.workers < 0:
-        raise InputError("seed and workers must not be negative")
+    if settings.seed < 0 or settings.workers < 0 or settings.topics < 0:
+        raise InputError("seed, workers and topics must not be negative")
     count = math.ceil(settings.hours * 3600 / MEAN_SECONDS)
-    world = json.dumps(read_situations(settings.situations))
+    world = json.dumps(read_situations(settings.situations, settings.topics))
     mark = {"seed": settings.seed, "situations": hashlib.sha256(world.encode()).hexdigest()[:16]}
     (write_recordings if settings.audio else write_codes)(settings, count, mark)
 
