@@ -363,6 +363,25 @@ def spoil(batch, most, fmt, seeds):
     return audio
 
 
+def rare_words(dialogues, size):
+    """Which ids, (size,), stand in less than a fifth of the prompts of `Dialogues`: names and
+    things, rather than "the"."""
+    prompts = [prompt for _, sides, _ in dialogues.kept for prompt, _, _ in sides]
+    found = torch.cat([prompt.unique() for prompt in prompts]).bincount(minlength=size)
+    return found < 0.2 * len(prompts)
+
+
+def taken_up(batch, rare):
+    """Where the system says a rare word of its prompt for the first time, (B, T), of a batch of
+    `collate`. rare: of rare_words."""
+    text = batch["text"]
+    asked = (text[..., None] == batch["prompt"][:, None]).any(-1) & rare[text]  # (B, T)
+    said = (text[..., None] == text[:, None]).tril(-1).any(-1)  # (B, T): at an earlier frame
+    frames = batch["frame_mask"].roll(-1, 1)  # all but the end token, with which prompts are padded
+    frames[:, -1] = False
+    return asked & ~said & frames
+
+
 def new_tokenizer(dialogues, vocab_size, fmt):
     """A byte-level BPE tokenizer learnt on the dialogues' prompts and words (of load_dialogues).
 

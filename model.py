@@ -110,7 +110,7 @@ class FActor(nn.Module):
         (newer or self.backbone.gradient_checkpointing_enable)()
 
     def loss(self, hidden, batch, user_weight=1.0, first_frame=True, prompt_text=False,
-             listening_weight=1.0, silence_pad=None, text_weight=1.0):
+             listening_weight=1.0, silence_pad=None, text_weight=1.0, prompt_word_weight=1.0):
         """Training loss on a batch of data.collate (paper section 4):
 
             loss = (audio_system + w audio_user) / (1 + w) + v text        w, v: user_, text_weight
@@ -123,6 +123,10 @@ class FActor(nn.Module):
             their model is untrained at the very position where generation starts; harmless only
             while that frame is a delay id.
         prompt_text: see text_loss. listening_weight, silence_pad: see listening_loss.
+        prompt_word_weight: of the text where the system takes up a word of the prompt, that is at
+            the frames `taken_up` (B, T) of the batch (data.taken_up). Of all words only these few
+            have to be read in the prompt; the others follow from those before them, and at the
+            paper's weight of 1 a small model learns only that.
         text_weight: 1 is the paper's. A small model has few of its nats in the text, though the
             text decides what is said.
         Returns a dict of scalars: loss, and its parts audio_system, audio_user, text. Every one is
@@ -145,6 +149,9 @@ class FActor(nn.Module):
         if listening_weight != 1:
             extra = listening_loss(text_ce, batch, silence_pad)
             loss = loss + text_weight * (listening_weight - 1) * extra
+        if prompt_word_weight != 1:
+            extra = masked_mean(text_ce * batch["taken_up"], text_mask(batch))
+            loss = loss + text_weight * (prompt_word_weight - 1) * extra
         return {"loss": loss, "audio_system": system, "audio_user": user, "text": text}
 
     def text_loss(self, hidden, batch, prompt_text=False):

@@ -49,8 +49,10 @@ from data import (
     load_dialogues,
     made_with,
     new_tokenizer,
+    rare_words,
     spoil,
     stream_items,
+    taken_up,
 )
 from model import load_checkpoint, new_model, save_checkpoint
 
@@ -92,6 +94,7 @@ class Config:
     prompt_text: bool = False  # the authors: True
     listening_weight: float = 1.0  # of the text where the system is silent and may speak up
     text_weight: float = 1.0  # 1: the paper's
+    prompt_word_weight: float = 1.0  # of the prompt's rare words, where they are said first
     wrong_history: float = 0.0  # at most, of its own past audio that is wrong (data.spoil)
     # optimisation
     muon: bool = False  # for the layers' matrices, instead of AdamW (the paper's)
@@ -119,8 +122,8 @@ MAY_CHANGE = ("resume", "out", "data", "steps", "patience", "eval_every", "threa
               "checkpointing", "save_dtype")
 AT_LEAST = {1: ("codebook_size", "hidden", "layers", "heads", "kv_heads", "intermediate",
                 "vocab_size", "batch_size", "accumulation", "steps", "eval_every", "patience"),
-            0: ("limit", "user_weight", "listening_weight", "text_weight", "min_lr", "warmup",
-                "weight_decay", "threads", "seed")}
+            0: ("limit", "user_weight", "listening_weight", "text_weight", "prompt_word_weight",
+                "min_lr", "warmup", "weight_decay", "threads", "seed")}
 
 
 @dataclass
@@ -139,6 +142,7 @@ class Run:
     network: Any  # the model, or with several processes DistributedDataParallel around it, or, by
     # fsdp, the model itself with its weights split over the processes
     optimizers: list  # of make_optimizers
+    rare: torch.Tensor  # of data.rare_words, in the validation split
     step: int = 0  # optimizer steps done
     best: float = math.inf  # validation loss
     bad_evals: int = 0  # evaluations since then
@@ -331,7 +335,7 @@ def setup(cfg):
                          f"{cfg.batch_size * world}")
     network = place_model(model, cfg, world, device)
     return Run(cfg, fmt, rank, world, device, opened, train, val, tokenizer, model, network,
-               make_optimizers(model, cfg))
+               make_optimizers(model, cfg), rare_words(val, len(tokenizer)))
 
 
 def place_model(model, cfg, world, device):
@@ -544,6 +548,8 @@ def make_batch(run, items, place=None):
         seeds = [zlib.crc32(f"{run.cfg.seed}/{place}/{first + i}".encode())
                  for i in range(len(items))]
         batch["history"] = spoil(batch, run.cfg.wrong_history, run.fmt, seeds)
+    if run.cfg.prompt_word_weight != 1:
+        batch["taken_up"] = taken_up(batch, run.rare)
     check_positions(run.model, batch["prompt"].shape[1] + batch["text"].shape[1])
     return {name: tensor if tensor is None else tensor.to(run.device, non_blocking=True)
             for name, tensor in batch.items()}
@@ -578,7 +584,8 @@ def losses_of(network, batch, cfg, bf16, silence_pad=None):
         hidden = network(audio[..., :-1], batch["text"][:, :-1], batch["prompt"],
                          batch["speaker"], batch["prompt_mask"])  # (B, [1+P] + T-1, hidden)
         return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text,
-                          cfg.listening_weight, silence_pad, cfg.text_weight)
+                          cfg.listening_weight, silence_pad, cfg.text_weight,
+                          cfg.prompt_word_weight)
 
 
 def train_step(network, optimizers, parts, cfg, bf16=False, silence_pad=None):

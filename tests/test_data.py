@@ -21,10 +21,12 @@ from data import (
     marks,
     new_tokenizer,
     pad_left,
+    rare_words,
     segments,
     spoil,
     stream_items,
     streams,
+    taken_up,
     text_stream,
 )
 from generate import stream_words
@@ -313,6 +315,26 @@ def whole_words(tiny_data, tmp_path_factory):
     learnt.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
     learnt.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def test_taken_up(dialogues, tokenizer):
+    """Frames that say a word of the prompt for the first time, common words left out: counted word
+    by word."""
+    split = Dialogues(dialogues, tokenizer, FORMAT)
+    items = [split[i, side] for i in range(min(8, len(split))) for side in (0, 1)]
+    prompts = [set(split[i, side]["prompt"].tolist()) for i in range(len(split)) for side in (0, 1)]
+    rare = rare_words(split, len(tokenizer))
+    for token in set.union(*prompts):
+        assert rare[token] == (sum(token in prompt for prompt in prompts) < 0.2 * len(prompts))
+    rare = torch.arange(len(tokenizer)) % 3 > 0  # few dialogues have none
+    found = taken_up(collate(items, tokenizer.eos_token_id, FORMAT), rare)
+    for item, row in zip(items, found):
+        said, prompt = set(), set(item["prompt"].tolist())
+        for t, token in enumerate(item["text"].tolist()):
+            assert row[t] == (token in prompt and bool(rare[token]) and token not in said)
+            said.add(token)
+        assert not row[len(item["text"]):].any()
+    assert found.any() and not found.all()
 
 
 def test_spoil(dialogues, tokenizer):

@@ -44,6 +44,24 @@ def test_padding_changes_no_loss(checkpoint, items):
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
+def test_prompt_word_weight(checkpoint, items):
+    """It adds to the loss the text's cross-entropy at the frames `taken_up`, per item over its
+    frames, in a batch of several lengths."""
+    model, tokenizer, fmt, _ = checkpoint
+    batch = collate(items, tokenizer.eos_token_id, fmt)
+    batch["taken_up"] = torch.zeros_like(batch["frame_mask"])
+    batch["taken_up"][:, 3:9] = True
+    with torch.inference_mode():
+        hidden, text = hidden_of(model, batch), batch["text"]
+        ce = F.cross_entropy(model.text_logits(hidden[:, -text.shape[1]:]).transpose(1, 2), text,
+                             reduction="none")
+        plain, weighted = (model.loss(hidden, batch, prompt_word_weight=w)["loss"]
+                           for w in (1.0, 4.0))
+    frames = torch.tensor([len(item["text"]) for item in items])
+    extra = (3 * ce[:, 3:9].sum(1) / frames).mean()
+    torch.testing.assert_close(weighted - plain, extra, atol=1e-4, rtol=0)
+
+
 def test_listening_weight(checkpoint, items):
     """It adds to the loss the text's cross-entropy at the frames after a silence pad and at the
     first, and nothing else; text_weight multiplies both."""
