@@ -130,7 +130,7 @@ def test_what_the_json_says_is_heard(made):
 
 def test_end_to_end(made, tmp_path, monkeypatch, capsys):
     """The talking one, with ears that hear a word where there is sound: it takes every turn."""
-    def loud(audio, shortest=0.1):
+    def loud(audio, shortest=0.1, warm=True):
         return [(0.0, len(audio) / 16000)] if abs(audio).max() > 0.001 else []
     heard = []
 
