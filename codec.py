@@ -816,6 +816,13 @@ def encode_in_pieces(codec, audio, seconds=60.0):
     return torch.cat([*map(stream.encode, pieces), stream.finish()], 2)
 
 
+def decode_in_pieces(codec, codes, frames=750):
+    """The audio of long codes in flat memory: codes (B, K, T) -> (B, T * samples_per_frame), as of
+    codec.decode, on the CPU, from pieces of `frames`."""
+    stream = codec.streaming(len(codes))
+    return torch.cat([stream.decode(piece).cpu() for piece in codes.split(frames, 2)], 1)
+
+
 # -------------------------------------------------------------------------------------------------
 # Loading
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from codec import (
+    decode_in_pieces,
     encode_in_pieces,
     fingerprint,
     load_codec,
@@ -889,14 +890,16 @@ COLOURS = {"backchannel": "tab:green", "interruption": "tab:red"}
 def draw_timeline(path, audio, sample_rate, speakers):
     """A PNG with both waveforms (2, samples), the words where they are said, a marked one with its
     mark and in its colour; what is heard as backchannel or interruption is shaded."""
-    rows = max(1, math.ceil(audio.shape[1] / sample_rate / 12))  # 12 s each, to be readable
+    seconds = audio.shape[1] / sample_rate
+    length = max(12, seconds / 200)  # of a row, to be readable; a picture has room for 250
+    rows = max(1, math.ceil(seconds / length))
     fig, axes = plt.subplots(rows, 1, figsize=(16, 2.9 * rows), squeeze=False)
     events = label_segments(merge_words([speaker["words"] for speaker in speakers]))
     step = sample_rate // 200
     peaks = audio.cpu().abs().unfold(1, step, step).amax(2)  # (2, samples / step)
     peaks = (peaks / peaks.max().clamp(min=1e-4)).numpy()
     for row, ax in enumerate(axes[:, 0]):
-        draw_row(ax, 12 * row, 12 * (row + 1), peaks, step / sample_rate, speakers, events)
+        draw_row(ax, length * row, length * (row + 1), peaks, step / sample_rate, speakers, events)
     axes[-1, 0].set_xlabel("seconds")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour, alpha=0.25) for colour in COLOURS.values()]
     axes[0, 0].legend(handles, COLOURS, loc="lower right", bbox_to_anchor=(1, 1), ncols=2,
@@ -975,7 +978,7 @@ def make_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
                   file=sys.stderr)
             continue
         codes, texts = [codes for codes, _ in rows], [text for _, text in rows]
-        audio = torch.cat([codec.decode(row[None].to(device))[0].cpu() for row in codes])
+        audio = torch.cat([decode_in_pieces(codec, row[None].to(device)) for row in codes])
         if user:
             pair = [pair[0], {"name": "user", "recording": cfg.user}]
             audio = torch.cat([audio, user[0][:, :audio.shape[1]]])

@@ -5,7 +5,14 @@ import torch
 from test_codec import CONFIG
 from test_mimi import NARROW, save_mimi
 
-from codec import Encoder, MiniCodec, NanoCodec, encode_in_pieces, load_codec
+from codec import (
+    Encoder,
+    MiniCodec,
+    NanoCodec,
+    decode_in_pieces,
+    encode_in_pieces,
+    load_codec,
+)
 from config import InputError
 
 
@@ -63,6 +70,8 @@ def test_pieces_give_what_the_whole_gives(codec, seed):
     assert torch.equal(stream.finish(), codec.encode(short)[0])
     seconds = 5.3 * codec.samples_per_frame / codec.sample_rate
     assert torch.equal(encode_in_pieces(codec, audio, seconds), codes)
+    said = decode_in_pieces(codec, codes, frames=5)
+    torch.testing.assert_close(said, codec.decode(codes)[0], atol=1e-4, rtol=0)
 
 
 def test_codes_come_as_soon_as_the_look_ahead_allows(codec):
