@@ -98,9 +98,10 @@ def axis_rewards(axis, own, events, end):
     depends on the axis (world/segments.py); end: of the segment. The paper's, but for `turn`."""
     new = [s for s in own if 0 <= s["start"] < end]  # what began before is the recording's
     long = [s for s in new if s["end"] - s["start"] > BRIEF]
-    if axis == "pause":  # the user only pauses; many brief pieces are a takeover too
-        spoken = sum(s["end"] - s["start"] for s in new)
-        return {"pause": -float(bool(long) or spoken > 2 * BRIEF)}
+    if axis == "pause":  # the user only pauses; a takeover is Full-Duplex-Bench's
+        words = sum(len(s["text"].split()) for s in new)
+        lasts = new[-1]["end"] - new[0]["start"] if new else 0.0
+        return {"pause": -float(lasts >= BRIEF or words > 3)}
     if axis == "turn":  # the paper's minus delay pays for barging in
         late = long[0]["start"] - events[-1][1] if long else math.inf
         return {"turn": math.exp(-0.5 * (late / (LATE if late > 0 else EARLY)) ** 2),

@@ -290,6 +290,8 @@ def test_axis_rewards():
     assert brief == {"delay": -4, "yields": 0, "answer": 0}  # nor has who spoke long ago yielded
     pieces = [said(t, t + 0.8) for t in (1, 3, 5)]
     assert rewards.axis_rewards("pause", pieces, [], 9) == {"pause": -1}
+    assert rewards.axis_rewards("pause", [said(1, 1.4, "uh huh")], [], 9) == {"pause": 0}
+    assert rewards.axis_rewards("pause", [said(1, 1.9, "oh i see it")], [], 9) == {"pause": -1}
     silent = rewards.axis_rewards("interruption", [], [[4, 5]], 9)
     assert silent == {"delay": -4, "yields": 0, "answer": 0}
 
