@@ -6,8 +6,8 @@
         accumulation=8 budget_gb=40              # does the paper's training fit a GPU of 40 GB?
 
 Beside every figure stands its floor: what the work would take if nothing but its matrix products
-had to be computed, or its weights to be read, at the speeds of a large matrix product and of a copy
-that are timed in the same run; and the share of that which is reached.
+had to be computed, or its weights to be read, at the speeds of a large matrix product and of a sum
+over a large tensor that are timed in the same run; and the share of that which is reached.
 
 Without a GPU, the peak of memory in training is computed, not measured: the same step on tensors
 without storage (PyTorch's FakeTensor), whose sizes are added up.
@@ -69,12 +69,12 @@ class Config:
 
 @dataclass
 class Machine:
-    """What a device can do: products in FLOP/s, copies in bytes/s (read and written)."""
+    """What a device can do: products in FLOP/s, reads in bytes/s."""
     device: torch.device
     dtype: torch.dtype  # of products: bfloat16 on a GPU, float32 on a CPU
     name: str
     products: float = 0.0
-    copies: float = 0.0
+    reads: float = 0.0
 
     def time(self, function, seconds):
         """Seconds that each call of function() takes, a sorted list; called for `seconds`, at least
@@ -95,7 +95,7 @@ class Machine:
 
     def floor(self, flops, read):
         """Seconds that work takes at least: FLOPs of its products, bytes of what it has to read."""
-        return max(flops / self.products, read / self.copies)
+        return max(flops / self.products, read / self.reads)
 
 
 def this_machine(cfg):
@@ -112,10 +112,8 @@ def this_machine(cfg):
         size = 2048
     a, b = torch.randn(2, size, size, device=machine.device, dtype=machine.dtype)
     machine.products = 2 * size ** 3 / machine.time(lambda: a @ b, cfg.seconds / 5)[0]
-    source = torch.ones(2 ** 28, dtype=torch.uint8, device=machine.device)
-    target = torch.empty_like(source)
-    seconds = machine.time(lambda: target.copy_(source), cfg.seconds / 5)[0]
-    machine.copies = 2 * source.numel() / seconds
+    numbers = torch.ones(2 ** 26, device=machine.device)  # 268 MB
+    machine.reads = 4 * len(numbers) / machine.time(numbers.sum, cfg.seconds / 5)[0]
     return machine
 
 
@@ -400,7 +398,7 @@ def main(argv):
     config = backbone_config(cfg)
     machine = this_machine(cfg)
     print(f"{machine.name}: a matrix product in {machine.dtype} {machine.products / 1e9:,.0f} "
-          f"GFLOP/s, a copy {machine.copies / GB:,.1f} GB/s read and written")
+          f"GFLOP/s, reading {machine.reads / GB:,.1f} GB/s")
     if "training" in parts:
         bench_training(cfg, config, machine)
     if "generation" in parts:
