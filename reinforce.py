@@ -218,10 +218,12 @@ def update(run, rows):
 
 def supervised_loss(run, split, keys):
     """The losses of model.FActor.loss, with the weights the checkpoint was trained with, on
-    dialogues of the data set, keys [(index, side)]."""
+    dialogues of the data set, keys [(index, side)]. Words of the prompt count as others: which ones
+    are rare is known from a split that is laid out, as in train.py."""
     known = {f.name for f in fields(train.Config)}
     stored = run.trained.get("train_config") or {}
     cfg = train.Config(**{key: value for key, value in stored.items() if key in known})
+    cfg.prompt_word_weight = 1.0
     silence = run.tokenizer.convert_tokens_to_ids(SILENCE_PAD)
     return train.losses_of(run.model, anchor_batch(run, split, keys), cfg, run.bf16, silence)
 

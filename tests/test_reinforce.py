@@ -56,6 +56,16 @@ def start(folder, tmp_path):
     return call
 
 
+def test_supervised_loss_of_a_model_trained_with_weighted_prompt_words(start):
+    """The shipped model is one; its words of the prompt count as others here."""
+    run = start()
+    keys = [(i, 0) for i in range(len(run.dialogues["train"]))]
+    plain = reinforce.supervised_loss(run, "train", keys)
+    run.trained["train_config"] = {"prompt_word_weight": 12.0}
+    weighted = reinforce.supervised_loss(run, "train", keys)
+    assert all(torch.equal(plain[key], weighted[key]) for key in ("loss", "text"))
+
+
 @pytest.mark.parametrize("policy", ["classes", "tokens"])
 def test_probabilities_of_the_rollout_are_those_of_the_training_pass(start, monkeypatch, policy):
     """Golden: what Sampler drew from, frame by frame through its own cache, and what the loss sees
