@@ -336,6 +336,12 @@ def collate(items, end_token, fmt):
             "speaker": torch.stack([item["speaker"] for item in items])} | slip
 
 
+def text_mask(batch):
+    """Which frames of a batch of `collate` have a text target, (B, T): all but the end token, which
+    is the padding too; it is the end id of the audio that ends a dialogue."""
+    return torch.nn.functional.pad(batch["frame_mask"][:, 1:], (0, 1))
+
+
 def spoil(batch, most, fmt, seeds):
     """The audio (B, 2K, T) of a batch of `collate`, with mistakes in what the system says: each
     stretch of a second, with a probability drawn per dialogue from 0 to `most`, gets the codes that
@@ -377,9 +383,7 @@ def taken_up(batch, rare):
     text = batch["text"]
     asked = (text[..., None] == batch["prompt"][:, None]).any(-1) & rare[text]  # (B, T)
     said = (text[..., None] == text[:, None]).tril(-1).any(-1)  # (B, T): at an earlier frame
-    frames = batch["frame_mask"].roll(-1, 1)  # all but the end token, with which prompts are padded
-    frames[:, -1] = False
-    return asked & ~said & frames
+    return asked & ~said & text_mask(batch)  # prompts are padded with the end token
 
 
 def new_tokenizer(dialogues, vocab_size, fmt):

@@ -1002,7 +1002,7 @@ def answer_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling):
     made = talk(model, tokenizer, fmt, [speaker["prompt"] for speaker in speaking], embeddings,
                 Sampler([cfg.seed + number for number, *_ in jobs], **sampling), 0, heard)
     for (_, path, out, _), (audio, codes), (said, _) in zip(jobs, users, made):
-        answer = codec.decode(said[None, :, :codes.shape[1]].to(device))[0].cpu()
+        answer = decode_in_pieces(codec, said[None, :, :codes.shape[1]].to(device))
         answer = F.pad(answer, (late, 0))[:, :audio.shape[1]].numpy()
         size = read_audio(path, sample_rate=ANSWER_RATE).shape[1]
         write_audio(out, resample(answer, codec.sample_rate, ANSWER_RATE)[:, :size], ANSWER_RATE)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from config import InputError, brief, hub_problem
-from data import stored_format
+from data import stored_format, text_mask
 
 LOGITS_AT_ONCE = 2 ** 27  # of a loss: 0.5 GB in float32
 
@@ -172,12 +172,6 @@ class FActor(nn.Module):
         head = self.backbone.get_output_embeddings()
         ce = cross_entropy(hidden[:, -target.shape[1]:], head.weight, head.bias, target)
         return masked_mean(ce, mask), ce[:, -num_frames:]
-
-
-def text_mask(batch):
-    """Which frames have a text target, (B, T): all but the end token, which is the padding too; it
-    is the end id of the audio that ends a dialogue."""
-    return F.pad(batch["frame_mask"][:, 1:], (0, 1))
 
 
 def listening_loss(text_ce, batch, silence_pad):

@@ -571,10 +571,11 @@ def compose_shard(item, settings):
     rows, reports = [], []
     for i in numbers:
         row, pieces, frames = make_dialogue(settings.seed, i, world, coded["clips"])
-        row["dsu_c1_path"], row["dsu_c2_path"] = codes_of(pieces, frames, coded).tolist()
+        codes = codes_of(pieces, frames, coded)
+        row["dsu_c1_path"], row["dsu_c2_path"] = codes.tolist()
         if settings.slips:
             rng = np.random.default_rng([settings.seed, i])
-            wrong = slipped(rng, pieces, codes_of(pieces, frames, coded), coded, forms)
+            wrong = slipped(rng, pieces, codes, coded, forms)
             row["slip_c1_path"], row["slip_c2_path"] = wrong.tolist()
         for channel, voice in enumerate(row["tts_speaker_ids"], 1):
             row[f"spk_emb_c{channel}"] = coded["embeddings"][voice]
