@@ -4,6 +4,7 @@ bad input, synthesis.
 Composing is tested on a bank of made-up clips, which needs no synthesiser.
 """
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -220,11 +221,12 @@ def test_slips(made, tmp_path):
 
 
 def test_smaller_world():
-    """`topics` keeps the first situations of training, and all that only the test has."""
+    """`topics` keeps the first situations of training, for its test set too."""
     whole, small = (corpus.read_situations(SITUATIONS, topics) for topics in (0, 3))
-    kept = [[n for n, s in small["situations"].items() if s["test_only"] == t] for t in (0, 1)]
-    every = [[n for n, s in whole["situations"].items() if s["test_only"] == t] for t in (0, 1)]
-    assert kept == [every[0][:3], every[1]] and len(every[0]) > 3
+    trained = [name for name, s in whole["situations"].items() if not s["test_only"]]
+    assert list(small["situations"]) == trained[:3] and len(trained) > 3
+    plans = [corpus.plan(np.random.default_rng([0, i]), "test", small) for i in range(50)]
+    assert {p["situation"] for p in plans} == set(trained[:3])
 
 
 def test_plans_are_independent():
@@ -264,6 +266,7 @@ def test_texts():
     for situation in world["situations"].values():
         slots = {key: values[0] for key, values in situation["slots"].items()} | names
         for text in situation["narrative"]:
+            assert re.search(r"\$([AB])", text)[1] == "A"  # whose view it is, at once
             for you in (None, "A", "B"):
                 assert not set(corpus.narrate(text, slots, you)) & set("$<>|_/"), text
     told = corpus.narrate("$A was sad, because $B lost $A's car and $A_their dog.", names, "A")

@@ -92,7 +92,7 @@ class Settings:
     shard_size: int = 1000  # dialogues a parquet file
     situations: str = str(Path(__file__).with_name("situations.yaml"))
     slips: bool = False  # also write codes with mistakes, for train.py's wrong_history
-    topics: int = 0  # only the first N situations of training, for a smaller world; 0: all
+    topics: int = 0  # a smaller world: only the first N situations, none unseen; 0: all
 
 
 @dataclass
@@ -123,8 +123,8 @@ def sentences_of(text):
 def read_situations(path, topics=0):
     """world/situations.yaml as a dict: names, openings, fillers, cut_ins, backchannels (lists of
     str), situations (name -> slots, narrative, ask, tell, turns, test_only; lists of
-    alternatives). topics: only the first so many that training may have; 0: all. Raises InputError
-    on a file that is odd."""
+    alternatives). topics: only the first so many that training may have; 0: all, those for the
+    test only too. Raises InputError on a file that is odd."""
     try:
         raw = yaml.safe_load(read_text(path))
 
@@ -146,9 +146,9 @@ def read_situations(path, topics=0):
                          f"the top of world/situations.yaml); trouble with {e}") from e
     if len({s["test_only"] for s in world["situations"].values()}) < 2:
         raise InputError(f"{path}: needs situations with and without test_only")
-    trained = [name for name, s in world["situations"].items() if not s["test_only"]]
-    for name in trained[topics or len(trained):]:
-        del world["situations"][name]
+    if topics:
+        trained = [(name, s) for name, s in world["situations"].items() if not s["test_only"]]
+        world["situations"] = dict(trained[:topics])
     return world
 
 
@@ -216,8 +216,9 @@ def draw(rng, options):
 
 def plan(rng, split, world):
     """Everything about a dialogue that a redraw of its texts must not change."""
-    held_out = split == "test" and rng.random() < 0.5
     situations = world["situations"]
+    unseen = any(s["test_only"] for s in situations.values())
+    held_out = split == "test" and rng.random() < 0.5 and unseen
     name = draw(rng, sorted(key for key, s in situations.items() if s["test_only"] == held_out))
     role_of = draw(rng, ("AB", "BA"))  # role of speakers[0], role of speakers[1]
     biased = bool(rng.random() < BIASED)
