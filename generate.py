@@ -49,8 +49,11 @@ from config import (
     write_json,
 )
 from data import (
+    BC,
+    COUNTED,
     EXTRA_TOKENS,
     FRAME_RATE,
+    INTER,
     SILENCE_PAD,
     WORD_PAD,
     is_number,
@@ -208,6 +211,17 @@ def decision_ids(tokenizer, size):
     decisions = torch.zeros(size, dtype=torch.bool)
     decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
     return decisions
+
+
+def events_left(tokenizer, fmt, size):
+    """How many backchannels and interruptions are still to come after each of `size` text ids, as
+    marks that count down say: (V, 2), -1 where the id says nothing of it."""
+    left = torch.full((size, 2), -1)
+    if fmt.behaviour_tokens == "count_down":
+        for kind, mark in enumerate((BC, INTER)):
+            ids = tokenizer.convert_tokens_to_ids(COUNTED[mark])
+            left[ids, kind] = torch.arange(len(ids))  # the first one says that it is the last event
+    return left
 
 
 class Draws:
@@ -508,14 +522,17 @@ class Conversation:
     """A running batch: rows join, make a frame together at each step, and leave.
 
     A row is one instance of the model. What it gives does not depend on the others, whatever their
-    prompts, ages and settings.
+    prompts, ages and settings; but for the end of a talk of two, rows 2i and 2i + 1: neither draws
+    the end id while a mark of either has announced events still to come (`count_down`), which the
+    paper, without such marks, cannot know.
     """
 
     @torch.no_grad()
     def __init__(self, model, tokenizer, fmt, size, prefix_size, frames=0, may_end=True):
         """size: most rows; prefix_size: positions of the longest prefix, 1 + P; frames: how many
         frames back a row can look (0: as many as the model was trained on); may_end: whether the
-        model may draw the end id. Raises InputError for a backbone that decode_frame does not know.
+        model may draw the end id, in talks of two. Raises InputError for a backbone that
+        decode_frame does not know.
         """
         config, head = model.backbone.config, model.dsu_head
         if config.model_type not in LLAMA_LIKE:
@@ -537,6 +554,8 @@ class Conversation:
         # the last frame of each row, which the next step reads
         self.text = torch.zeros(size, dtype=torch.long, device=head.weight.device)
         self.said = self.text[:, None].repeat(1, model.num_codebooks)
+        self.announced = events_left(tokenizer, fmt, len(text_head.weight)).to(head.weight.device)
+        self.left = torch.zeros_like(self.announced[:size])  # (size, 2), of each row
 
     def __len__(self):
         return len(self.memory.ages)
@@ -552,6 +571,7 @@ class Conversation:
         rows = self.memory.join(prefix)
         self.draws.join(sampler, len(prefix.hidden))
         self.said[rows] = self.model.codebook_size  # the delay id
+        self.left[rows] = 0
         hidden, text = prefix.hidden, []
         for _ in range(self.delay):
             self._draw(hidden, rows, audio=False)
@@ -581,7 +601,8 @@ class Conversation:
     def leave(self, row):
         """A row goes, and the last one takes its place."""
         last = len(self) - 1
-        self.said[row], self.text[row] = self.said[last], self.text[last]
+        for kept in (self.said, self.text, self.left):
+            kept[row] = kept[last]
         self.memory.leave(row)
         self.draws.leave(row)
 
@@ -597,10 +618,16 @@ class Conversation:
         memory, width = self.memory, self.model.codebook_size + 2
         u = self.draws.uniform(rows, memory.ages, memory.age[rows])
         self.text[rows] = self.draws.text(self.text_head(hidden), u, rows)
+        if self.may_end:
+            left = self.announced[self.text[rows]]
+            self.left[rows] = torch.where(left < 0, self.left[rows], left)
         if audio:
             logits = self.audio_head(hidden).view(len(hidden), -1, width)  # (B, K, C+2)
             logits[..., width - 2] = -torch.inf  # no delay id: it only stands in front of the audio
-            if not self.may_end:
+            if self.may_end:
+                busy = self.left[rows].unflatten(0, (-1, 2)).flatten(1).any(1)  # (B / 2,)
+                logits[busy.repeat_interleave(2), :, width - 1] = -torch.inf
+            else:
                 logits[..., width - 1] = -torch.inf
             self.said[rows] = self.draws.audio(logits, u, rows)
 

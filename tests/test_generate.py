@@ -406,6 +406,29 @@ def test_prompts_beyond_the_positions_are_refused():
         read_prefix(tiny_model(positions=20), Words(), ["x" * 30], SPEAKERS[:1])
 
 
+def test_no_end_while_a_mark_announces_events(monkeypatch):
+    """Which would be at once here: neither side ends before the last event, in their dialogue
+    only."""
+    class Counting(Words):
+        def convert_tokens_to_ids(self, tokens):
+            return [100 + EXTRA_TOKENS.index(token) for token in tokens]
+
+    model, tokenizer, frames = tiny_model(), Counting(), iter(range(100))
+    model.dsu_head.bias.data[[21, 43]] = 100.0  # the end id of both system codebooks
+    marks = {0: ["[INTERRUPT2]"], 1: ["[BC2]"], 4: ["[INTERRUPT1]"], 9: ["[BC1]"]}
+
+    def text(draws, logits, u, rows):
+        drawn = torch.full((len(logits),), 5)
+        for mark in marks.get(next(frames), []):
+            drawn[1] = tokenizer.convert_tokens_to_ids([mark])[0]
+        return drawn
+    monkeypatch.setattr(generate.Draws, "text", text)
+    fmt = StreamFormat(codebook_size=20, max_frames=100, delay=2, behaviour_tokens="count_down")
+    made = talk(model, tokenizer, fmt, ["a", "b", "c", "d"], SPEAKERS, Sampler([3, 4]), 60,
+                on_frame=lambda t, ids: None)
+    assert [codes.shape[1] for codes, _ in made] == [9 - 2, 9 - 2, 0, 0]
+
+
 def test_dialogues_end_at_their_end_id():
     """Each is cut at the first end id of either side, and is the same alone and among others."""
     model = tiny_model()
