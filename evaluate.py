@@ -669,10 +669,10 @@ def score_text(dialogue, settings):
         figures["new_words"] = 100 - words
         if not np.isnan(threes):
             figures["known_threes"] = threes
-    return figures | taken_up(dialogue, texts)
+    return figures | names_and_slots(dialogue, texts)
 
 
-def taken_up(dialogue, texts):
+def names_and_slots(dialogue, texts):
     """Of the names that are said, those of the two speakers (%); and of the slots of its situation
     that have a value said, those whose value is the narrative's (%)."""
     situation, figures = situation_of(dialogue), {}
@@ -1232,8 +1232,8 @@ def print_cost(began, jobs):
     """Prints the time since `began`, and the memory."""
     if importlib.util.find_spec("resource"):  # not on Windows
         import resource
-        unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kB elsewhere
-        own, worker = (resource.getrusage(who).ru_maxrss / unit
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        own, worker = (resource.getrusage(who).ru_maxrss * unit / 1e9
                        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         print(f"{time.time() - began:.0f} s; peak memory {own:.1f} GB, and at most {worker:.1f} GB "
               f"in each of {jobs or os.cpu_count()} workers")
