@@ -218,6 +218,8 @@ def test_slips(made, tmp_path):
                     for name, more in (("a", []), ("b", ["slips=true"])))
     assert all(slips[0][key] == value for key, value in plain[0].items())
     assert np.shape(slips[0]["slip_c2_path"]) == np.shape(slips[0]["dsu_c2_path"])
+    with pytest.raises(InputError, match="other settings"):  # or half a set would have them
+        compose(made, tmp_path / "a", "slips=true")
 
 
 def test_smaller_world():

@@ -575,7 +575,7 @@ def compose_shard(item, settings):
         codes = codes_of(pieces, frames, coded)
         row["dsu_c1_path"], row["dsu_c2_path"] = codes.tolist()
         if settings.slips:
-            rng = np.random.default_rng([settings.seed, i])
+            rng = np.random.default_rng([settings.seed, i, 0, 0, 1])  # as long as no other seed
             wrong = slipped(rng, pieces, codes, coded, forms)
             row["slip_c1_path"], row["slip_c2_path"] = wrong.tolist()
         for channel, voice in enumerate(row["tts_speaker_ids"], 1):
@@ -615,7 +615,7 @@ def write_codes(settings, count, mark):
     numbers = {split: [i for i in range(count) if split_of(i) == split] for split in SPLITS}
     dialogues = {split: len(own) for split, own in numbers.items()}
     info = coded["info"] | mark | {"one_embedding_per_voice": True, "dialogues": dialogues,
-                                   "shard_size": settings.shard_size}
+                                   "slips": settings.slips, "shard_size": settings.shard_size}
     claim(out / "info.json", info)
     write_json(out / "voices.json", coded["embeddings"])
     shards = {}
