@@ -218,7 +218,7 @@ def test_slips(made, tmp_path):
                     for name, more in (("a", []), ("b", ["slips=true"])))
     assert all(slips[0][key] == value for key, value in plain[0].items())
     assert np.shape(slips[0]["slip_c2_path"]) == np.shape(slips[0]["dsu_c2_path"])
-    with pytest.raises(InputError, match="other settings"):  # or half a set would have them
+    with pytest.raises(InputError, match="slips was False and is True"):  # or half a set would have them
         compose(made, tmp_path / "a", "slips=true")
 
 
@@ -288,11 +288,12 @@ def test_bad_input(tmp_path, words, message):
 
 
 def test_situations_that_do_not_fit(tmp_path):
-    """A slot that is not there, a key that is missing, no situation for the test: one line each."""
+    """A slot that is not there, a key that is missing, too few turns: one line each."""
     raw = yaml.safe_load(Path(SITUATIONS).read_text())
     name = next(iter(raw["situations"]))
     for change, message in (({"ask": "Where is the $nothing?"}, "no slot called nothing"),
-                            ({"tell": None}, "trouble with")):
+                            ({"tell": None}, "trouble with"),
+                            ({"turns": ["Oh no."] * 5}, "has 5 turns; 6 are the least")):
         changed = raw | {"situations": raw["situations"] | {name: raw["situations"][name] | change}}
         path = tmp_path / f"{next(iter(change))}.yaml"
         path.write_text(yaml.safe_dump(changed))

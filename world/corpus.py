@@ -11,7 +11,7 @@ What people say is in world/situations.yaml, the clips that are spoken of it in 
 dialogue is put together frame by frame (80 ms): sentences of a turn one after another, turns with
 small gaps or overlaps, interruptions that stop the other at a word's end, backchannels inside the
 other's turn. In codes nothing is synthesised or encoded: a dialogue takes milliseconds. Dialogue i
-depends on (seed, i) alone, so that more hours later extend the set, and both forms hold the same.
+depends on (seed, i) alone, so that a larger set holds the smaller one, and both forms the same.
 `bank`, `encode` and the speaker embeddings need requirements-corpus.txt.
 """
 import functools
@@ -41,7 +41,7 @@ from world.bank import FADE, FRAME, RATE, VOICES
 SECONDS = FRAME / RATE  # of a frame
 MEAN_SECONDS = 27.0  # of a dialogue; turns hours into a number of dialogues
 SHORTEST, LONGEST = 18.0, 34.0  # seconds of a dialogue
-TURNS = (7, 10)  # turns of a dialogue, both included, if its situation has as many
+TURNS = (7, 10)  # turns of a dialogue, both included; at most as many as its situation has
 
 # chances, and seconds from-to, drawn anew for each dialogue
 BIASED = 0.2  # of dialogues: who is named first in the narrative also speaks first
@@ -146,6 +146,10 @@ def read_situations(path, topics=0):
                          f"the top of world/situations.yaml); trouble with {e}") from e
     if len({s["test_only"] for s in world["situations"].values()}) < 2:
         raise InputError(f"{path}: needs situations with and without test_only")
+    for name, s in world["situations"].items():
+        if len(s["turns"]) + 1 < TURNS[0]:  # the first of the lines is `tell`
+            raise InputError(f"{path}: {name} has {len(s['turns'])} turns; {TURNS[0] - 1} are "
+                             "the least")
     if topics:
         trained = [(name, s) for name, s in world["situations"].items() if not s["test_only"]]
         world["situations"] = dict(trained[:topics])
@@ -197,8 +201,8 @@ def every_sentence(world, where="the situations"):
 
 def split_of(i):
     """Which split dialogue i belongs to. Test: 20 of the first 40, so that small sets have some,
-    then a twentieth up to 5,000; validation: a twentieth up to 5,000; large sets need no more,
-    and the rest is training."""
+    then a twentieth from 400 up to 5,000; validation: a twentieth up to 5,000; large sets need no
+    more, and the rest is training."""
     if i >= 5000:
         return "train"
     if i % 20 == 1:
