@@ -113,13 +113,14 @@ class Config:
     threads: int = 0  # on a CPU; 0: its cores where nothing else runs at the start, else one
     eval_every: int = 500  # steps between evaluations, each of which also writes last/ and state.pt
     save_dtype: str = "float32"  # of best/ and last/: float32 | bfloat16
+    sampling: str = ""  # how generation draws, stored with them: settings of generate.py; "": paper
     patience: int = 10  # evaluations without a better validation loss before stopping
     seed: int = 0
 
 
 # these may be others when a run goes on; what `data` points to is compared, not its path
 MAY_CHANGE = ("resume", "out", "data", "steps", "patience", "eval_every", "threads", "compile",
-              "checkpointing", "save_dtype")
+              "checkpointing", "save_dtype", "sampling")
 AT_LEAST = {1: ("codebook_size", "hidden", "layers", "heads", "kv_heads", "intermediate",
                 "vocab_size", "batch_size", "accumulation", "steps", "eval_every", "patience"),
             0: ("limit", "user_weight", "listening_weight", "text_weight", "prompt_word_weight",
@@ -182,6 +183,7 @@ def check_settings(cfg):
             raise InputError(f"{key}={getattr(cfg, key)}: must be more than 0")
     if cfg.save_dtype not in ("float32", "bfloat16"):
         raise InputError(f"save_dtype={cfg.save_dtype}: use float32 or bfloat16")
+    stored_sampling(cfg.sampling)
     if cfg.resume and not (Path(cfg.out) / "state.pt").exists():
         raise InputError(f"resume=true, but there is no {cfg.out}/state.pt; check out=, or start "
                          "without resume")
@@ -190,6 +192,23 @@ def check_settings(cfg):
                          "give another out=")
     return StreamFormat(cfg.alignment, cfg.delay, cfg.behaviour_tokens, cfg.max_frames,
                         cfg.rewritten_narrative, cfg.codebook_size)
+
+
+def stored_sampling(text):
+    """`sampling` of Config as a checkpoint stores it, {} for the paper's. Raises InputError where
+    generate.py would."""
+    if not text:
+        return {}
+    import generate  # here, since it needs packages that training does not
+    words = text.split()
+    asked = vars(load_settings(generate.Config, words))
+    stored = {key: asked[key] for key in (word.split("=")[0] for word in words)}
+    try:
+        keywords = generate.sampling_of(generate.Config(), {"sampling": stored})
+        generate.Sampler([], **keywords).kinds()
+    except InputError as e:
+        raise InputError(f"sampling: {e}") from e
+    return stored
 
 
 def check_codec(cfg):
@@ -495,6 +514,8 @@ def checkpoint(run, is_best):
     settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "resume")}
     extra = {"calc_loss_on_c1_only": cfg.user_weight == 0, "trained_steps": run.step,
              "train_config": settings, "longest_prompt": longest_prompt(run)} | made_with(cfg.data)
+    if cfg.sampling:
+        extra["sampling"] = stored_sampling(cfg.sampling)
     for name in ["last", "best"] if is_best else ["last"]:
         save_checkpoint(out / name, run.model, run.tokenizer, run.fmt, extra,
                         getattr(torch, cfg.save_dtype), weights)

@@ -218,7 +218,7 @@ def test_slips(made, tmp_path):
                     for name, more in (("a", []), ("b", ["slips=true"])))
     assert all(slips[0][key] == value for key, value in plain[0].items())
     assert np.shape(slips[0]["slip_c2_path"]) == np.shape(slips[0]["dsu_c2_path"])
-    with pytest.raises(InputError, match="slips was False and is True"):  # or half a set would have them
+    with pytest.raises(InputError, match="slips was False and is True"):  # not half of a set
         compose(made, tmp_path / "a", "slips=true")
 
 

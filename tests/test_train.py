@@ -184,9 +184,11 @@ def test_damaged_files_of_a_run(small_run):
 def test_early_stopping_and_variants(tiny_data, tiny, tmp_path, capsys):
     train.main([*tiny, f"data={tiny_data}", f"out={tmp_path}/a", "lr=0.5", "min_lr=0.5", "steps=60",
                 "warmup=1", "patience=2", "alignment=none", "speaker_embedding=false",
-                "user_weight=0", "prompt_text=true", "first_frame=false", "delay=0"])
+                "user_weight=0", "prompt_text=true", "first_frame=false", "delay=0",
+                "sampling=word_temperature=0.4 top_k=0"])
     assert "stopped: no better validation loss in 2 evaluations" in capsys.readouterr().out
-    model, _, fmt, _ = load_checkpoint(tmp_path / "a" / "best")
+    model, _, fmt, config = load_checkpoint(tmp_path / "a" / "best")
+    assert config["sampling"] == {"word_temperature": 0.4, "top_k": 0}
     assert model.speaker_size == 0 and (fmt.alignment, fmt.delay) == ("none", 0)
 
 
@@ -202,6 +204,13 @@ def test_loop_draws_nothing_from_the_global_generator(small_run):
 def refuses(message, *words):
     with pytest.raises(InputError, match=re.escape(message)):
         train.main([str(word) for word in words])
+
+
+@pytest.mark.parametrize("sampling, message", [
+    ("words=0.4", "unknown"), ("word_temperature=-3", "sampling: "), ("n=3", "sampling: "),
+    ("word_temperature=hot", "float")])
+def test_sampling_that_generation_would_refuse(tiny_data, tiny, tmp_path, sampling, message):
+    refuses(message, *tiny, f"data={tiny_data}", f"out={tmp_path}/a", f"sampling={sampling}")
 
 
 @pytest.mark.parametrize("word, message", [
