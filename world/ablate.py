@@ -110,6 +110,7 @@ FINDINGS = (  # of the paper: the metric is less in the first row than in the se
 class Settings:
     out: str = "runs/ablate"
     config: str = "configs/nano.yaml"  # of train.py: what the rows have in common
+    common: str = ""  # more settings of train.py for all rows, with spaces between
     data: str = ""  # data set; "": the config's
     codec: str = generate.Config.codec
     rows: str = ""  # only these, with commas between; "": all
@@ -154,7 +155,7 @@ def folder_of(settings, name):
 def train_row(settings, name, data):
     """Trains the row's model, or goes on with it. Returns its checkpoint's folder."""
     folder = folder_of(settings, name) / "model"
-    words = [settings.config, *TRAINED[name].split(), f"data={data}", f"out={folder}",
+    words = [settings.config, *settings.common.split(), *TRAINED[name].split(), f"data={data}", f"out={folder}",
              f"steps={settings.steps}", f"patience={settings.steps}", f"seed={settings.seed}"]
     config = folder / "last" / "config.json"
     done = json.loads(read_text(config))["trained_steps"] if config.exists() else 0
@@ -219,7 +220,8 @@ def write_tables(settings):
         shown = {name: rows[name] for name in names if name in rows} | dict(paper[part])
         tables[title] = evaluate.table(shown, {key: headers[key] for key in columns})
     tables["does it hold"] = compare(rows)
-    text = [f"{settings.config}, {settings.steps} steps a model, {settings.n} test prompts a row, "
+    recipe = " ".join([settings.config, *settings.common.split()])
+    text = [f"{recipe}, {settings.steps} steps a model, {settings.n} test prompts a row, "
             "of which those in situations that training has; [95 % intervals]. The paper's rows "
             "come from other models, data and instruments: for orientation only."]
     for title, lines in tables.items():
@@ -235,7 +237,7 @@ def write_tables(settings):
 def main(argv):
     settings = load_settings(Settings, argv)
     names, failed = chosen_rows(settings), {}
-    recipe = load_settings(train.Config, [settings.config])
+    recipe = load_settings(train.Config, [settings.config, *settings.common.split()])
     claim(settings, settings.data or recipe.data)
     for i, name in enumerate(names, 1):
         finished = (folder_of(settings, name) / "results.json").exists()
