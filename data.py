@@ -179,6 +179,13 @@ def mark_ids(tokenizer, kind):
     return [k for k, token in enumerate(tokens) if mark_kind(token) == kind]
 
 
+def decision_ids(tokenizer, size):
+    """Which of `size` text ids are decisions (pads, marks, the end), not words: (V,) of bool."""
+    decisions = torch.zeros(size, dtype=torch.bool)
+    decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
+    return decisions
+
+
 def marks(dialogue, system, fmt):
     """The mark, or '', that opens each of `segments(dialogue, system)`.
 
@@ -377,13 +384,16 @@ def rare_words(dialogues, size):
     return found < 0.2 * len(prompts)
 
 
-def taken_up(batch, rare):
-    """Where the system says a rare word of its prompt for the first time, (B, T), of a batch of
-    `collate`. rare: of rare_words."""
+def taken_up(batch, rare, decisions):
+    """Where the system's words have to be read in the prompt, (B, T), of a batch of `collate`: a
+    rare word of the prompt said for the first time; and its third to fifth word, behind the
+    greeting, which tell who of the story it is. rare: of rare_words; decisions: of decision_ids."""
     text = batch["text"]
     asked = (text[..., None] == batch["prompt"][:, None]).any(-1) & rare[text]  # (B, T)
     said = (text[..., None] == text[:, None]).tril(-1).any(-1)  # (B, T): at an earlier frame
-    return asked & ~said & text_mask(batch)  # prompts are padded with the end token
+    number = (~decisions[text]).cumsum(1)  # of words so far
+    begins = ~decisions[text] & (number >= 3) & (number <= 5)
+    return (asked & ~said | begins) & text_mask(batch)  # prompts are padded with the end token
 
 
 def new_tokenizer(dialogues, vocab_size, fmt):

@@ -56,6 +56,7 @@ from data import (
     INTER,
     SILENCE_PAD,
     WORD_PAD,
+    decision_ids,
     is_number,
     load_dialogues,
     made_with,
@@ -204,13 +205,6 @@ def candidates(logits, most):
         return scores, ids, ids.argsort(-1)
     ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     return logits.float(), ids, ids
-
-
-def decision_ids(tokenizer, size):
-    """Which of `size` text ids are decisions (pads, marks, the end), not words: (V,) of bool."""
-    decisions = torch.zeros(size, dtype=torch.bool)
-    decisions[[*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS), tokenizer.eos_token_id]] = True
-    return decisions
 
 
 def events_left(tokenizer, fmt, size):

@@ -15,6 +15,7 @@ from data import (
     FRAME_RATE,
     SILENCE_PAD,
     collate,
+    decision_ids,
     make_prompt,
     mark_ids,
     pad_left,
@@ -29,7 +30,6 @@ from generate import (
     Draws,
     Prefix,
     Sampler,
-    decision_ids,
     read_prefix,
     stream_words,
 )

@@ -45,6 +45,7 @@ from data import (
     StreamFormat,
     collate,
     data_info,
+    decision_ids,
     epoch_batches,
     load_dialogues,
     made_with,
@@ -94,7 +95,7 @@ class Config:
     prompt_text: bool = False  # the authors: True
     listening_weight: float = 1.0  # of the text where the system is silent and may speak up
     text_weight: float = 1.0  # 1: the paper's
-    prompt_word_weight: float = 1.0  # of the prompt's rare words, where they are said first
+    prompt_word_weight: float = 1.0  # of words that are to be read in the prompt (data.taken_up)
     wrong_history: float = 0.0  # at most, of its own past audio that is wrong (data.spoil)
     # optimisation
     muon: bool = False  # for the layers' matrices, instead of AdamW (the paper's)
@@ -144,6 +145,7 @@ class Run:
     # fsdp, the model itself with its weights split over the processes
     optimizers: list  # of make_optimizers
     rare: torch.Tensor  # of data.rare_words, in the validation split
+    decisions: torch.Tensor  # of data.decision_ids
     step: int = 0  # optimizer steps done
     best: float = math.inf  # validation loss
     bad_evals: int = 0  # evaluations since then
@@ -354,7 +356,8 @@ def setup(cfg):
                          f"{cfg.batch_size * world}")
     network = place_model(model, cfg, world, device)
     return Run(cfg, fmt, rank, world, device, opened, train, val, tokenizer, model, network,
-               make_optimizers(model, cfg), rare_words(val, len(tokenizer)))
+               make_optimizers(model, cfg), rare_words(val, len(tokenizer)),
+               decision_ids(tokenizer, len(tokenizer)))
 
 
 def place_model(model, cfg, world, device):
@@ -570,7 +573,7 @@ def make_batch(run, items, place=None):
                  for i in range(len(items))]
         batch["history"] = spoil(batch, run.cfg.wrong_history, run.fmt, seeds)
     if run.cfg.prompt_word_weight != 1:
-        batch["taken_up"] = taken_up(batch, run.rare)
+        batch["taken_up"] = taken_up(batch, run.rare, run.decisions)
     check_positions(run.model, batch["prompt"].shape[1] + batch["text"].shape[1])
     return {name: tensor if tensor is None else tensor.to(run.device, non_blocking=True)
             for name, tensor in batch.items()}

@@ -14,6 +14,7 @@ from data import (
     StreamFormat,
     check_dialogue,
     collate,
+    decision_ids,
     epoch_batches,
     event_counts,
     load_dialogues,
@@ -318,8 +319,8 @@ def whole_words(tiny_data, tmp_path_factory):
 
 
 def test_taken_up(dialogues, tokenizer):
-    """Frames that say a word of the prompt for the first time, common words left out: counted word
-    by word."""
+    """Frames that say a word of the prompt for the first time, common words left out, and the third
+    to fifth word: counted word by word."""
     split = Dialogues(dialogues, tokenizer, FORMAT)
     items = [split[i, side] for i in range(min(8, len(split))) for side in (0, 1)]
     prompts = [set(split[i, side]["prompt"].tolist()) for i in range(len(split)) for side in (0, 1)]
@@ -327,11 +328,16 @@ def test_taken_up(dialogues, tokenizer):
     for token in set.union(*prompts):
         assert rare[token] == (sum(token in prompt for prompt in prompts) < 0.2 * len(prompts))
     rare = torch.arange(len(tokenizer)) % 3 > 0  # few dialogues have none
-    found = taken_up(collate(items, tokenizer.eos_token_id, FORMAT), rare)
+    decisions = decision_ids(tokenizer, len(tokenizer))
+    found = taken_up(collate(items, tokenizer.eos_token_id, FORMAT), rare, decisions)
     for item, row in zip(items, found):
-        said, prompt = set(), set(item["prompt"].tolist())
+        said, words, prompt = set(), 0, set(item["prompt"].tolist())
         for t, token in enumerate(item["text"].tolist()):
-            assert row[t] == (token in prompt and bool(rare[token]) and token not in said)
+            is_word = tokenizer.convert_ids_to_tokens(token) not in (*EXTRA_TOKENS,
+                                                                     tokenizer.eos_token)
+            words += is_word
+            new = token in prompt and bool(rare[token]) and token not in said
+            assert row[t] == (new or is_word and 3 <= words <= 5)
             said.add(token)
         assert not row[len(item["text"]):].any()
     assert found.any() and not found.all()

@@ -155,8 +155,9 @@ def folder_of(settings, name):
 def train_row(settings, name, data):
     """Trains the row's model, or goes on with it. Returns its checkpoint's folder."""
     folder = folder_of(settings, name) / "model"
-    words = [settings.config, *settings.common.split(), *TRAINED[name].split(), f"data={data}", f"out={folder}",
-             f"steps={settings.steps}", f"patience={settings.steps}", f"seed={settings.seed}"]
+    words = [settings.config, *settings.common.split(), *TRAINED[name].split(), f"data={data}",
+             f"out={folder}", f"steps={settings.steps}", f"patience={settings.steps}",
+             f"seed={settings.seed}"]
     config = folder / "last" / "config.json"
     done = json.loads(read_text(config))["trained_steps"] if config.exists() else 0
     if done < settings.steps:
