@@ -522,11 +522,11 @@ def said(channel, speaker, settings):
 
 
 def score_words(speakers, channels):
-    """WER of both speakers together, and of each."""
+    """WER of both speakers together, and of each; not of a recording that the model talked to."""
     figures, errors, length = {}, 0, 0
     for k, (speaker, channel) in enumerate(zip(speakers, channels), 1):
-        if speaker.get("text") is None:
-            continue  # a recording that the model talked to
+        if speaker.get("text") is None or "recording" in speaker:
+            continue
         recognised = " ".join(word["word"] for word in channel["words"])
         wrong, of = word_errors(speaker["text"], recognised)
         errors, length = errors + wrong, length + of
@@ -551,19 +551,21 @@ def score_start(speakers, channels, words, rng):
 
 def score_voices(speakers, channels):
     """Quality, similarity to the prompt's voice and drift from first to last phrase: means over the
-    speakers that have them."""
+    speakers that have them. A recording that the model talked to only lends its voice to the bottom
+    lines."""
     first, last, snippet = ([channel[key] for channel in channels]
                             for key in ("first", "last", "snippet"))
     target = [speaker.get("embedding") for speaker in speakers]
     lists = {"quality": [], "similarity": [], "bottom_similarity": [], "drift": [],
              "bottom_drift": []}
     for k in (0, 1):
-        if channels[k]["mos"]:
+        made = "recording" not in speakers[k]
+        if made and channels[k]["mos"]:
             lists["quality"].append(np.mean(channels[k]["mos"]))
         for key, other in (("similarity", k), ("bottom_similarity", 1 - k)):
             if snippet[k] and target[other]:
                 lists[key].append(cosine(snippet[k], target[other]))
-        for key, other in (("drift", k), ("bottom_drift", 1 - k)):
+        for key, other in (("drift", k), ("bottom_drift", 1 - k)) if made else ():
             if first[k] and last[other]:
                 lists[key].append(1 - cosine(first[k], last[other]))
     return {key: np.mean(values) for key, values in lists.items() if values}
@@ -1033,11 +1035,12 @@ def heard_pairs(name, dialogues, failed, settings):
 
 
 def find_wordless(name, pairs):
-    """The number of speakers in whom no word was recognised, whom a line names."""
+    """The number of speakers in whom no word was recognised, whom a line names; without recordings
+    that the model talked to."""
     wordless = []
     for dialogue, heard in pairs:
         for k, channel in enumerate(heard["channels"]):
-            if not channel["words"]:
+            if not channel["words"] and "recording" not in dialogue["speakers"][k]:
                 why = "no word recognised" if channel["speech"] else "silent"
                 wordless.append(f"{dialogue['name']} ({name_of(dialogue['speakers'], k)}, {why})")
     if wordless:

@@ -282,6 +282,20 @@ def test_silence_between_voiced_stretches_is_longer_than_it_looks():
         assert [segment["label"] for segment in segments] == labels
 
 
+def test_a_recorded_user_is_not_the_models_speech():
+    """generate.py --user and serve.py record= write the user with "recording" and no words."""
+    pytest.importorskip("jiwer")
+    user = {"name": "user", "recording": "user.wav", "words": [], "text": ""}
+    dialogue = BLANK | {"name": "d", "speakers": [speaker(embedding=[1, 0]), user]}
+    result = heard(-0.5, "ab")
+    result["channels"][1] |= {"mos": [1.0], "last": [1.0, 0.0]}
+    figures, _ = evaluate.score(dialogue, result, np.random.default_rng(0), Settings())
+    assert [figures[key] for key in ("wer", "quality", "drift")] == [0, 3, 0]
+    assert "wer_2" not in figures and figures["bottom_similarity"] == 0
+    assert evaluate.find_wordless("f", [(dialogue, heard(0, "ab", silent=[1]))]) == 0
+    assert evaluate.find_wordless("f", [(dialogue, heard(0, "ab", silent=[0]))]) == 1
+
+
 STORIES = [
     "A farmer lost the car keys.",
     "My aunt baked an apple pie.",
