@@ -767,19 +767,29 @@ def load_model(name):
     return load_checkpoint(name, "cuda" if torch.cuda.is_available() else "cpu")[:3]
 
 
+def find_alike(rows, new, n):
+    """Of the first n (0: all) of a data set's rows the numbers of those in situations that training
+    has, or, if `new`, has not."""
+    rows = rows.select(range(min(n or len(rows), len(rows))))
+    names = rows["situation"] if "situation" in rows.column_names else [""] * len(rows)
+    return [i for i, name in enumerate(names) if unseen({"situation": name or ""}) == new]
+
+
 @torch.inference_mode()
 def perplexity(name, dialogues, settings):
     """How well the model that made a folder's dialogues predicts reference dialogues (paper 5.2):
     {ppl_audio, ppl_text} of the system's rows over the test set it took its prompts from, both
-    sides; {} for dialogues that generate.py didn't make, or, with a line that says why, where the
-    model or the data set is not there any more."""
+    sides; only over those in situations that training has, or has not, as the folder's are. {} for
+    dialogues that generate.py didn't make, or, with a line that says why, where the model or the
+    data set is not there any more."""
     made, losses = dialogues[0]["settings"], []
     if "model" not in made:
         return {}
     try:
         model, tokenizer, fmt = load_model(made["model"])
-        reference = Dialogues(load_dialogues(made["data"], settings.split), tokenizer, fmt,
-                              settings.n)
+        rows = load_dialogues(made["data"], settings.split)
+        alike = find_alike(rows, unseen(dialogues[0]), settings.n)
+        reference = Dialogues(rows.select(alike), tokenizer, fmt)
     except InputError as e:
         print(f"{name}: perplexity is left blank: {e}")
         return {}
