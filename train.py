@@ -110,7 +110,7 @@ class Config:
     compile: bool = False  # by torch.compile; what it cannot compile runs as it is
     fsdp: bool = False  # split weights, gradients and averages over the processes (torchrun)
     cpu_bf16: bool = False  # bfloat16 on a CPU too: faster where it has AVX512_BF16
-    threads: int = 0  # on a CPU; 0: its cores where nothing else runs at the start, else one
+    threads: int = 0  # on a CPU; 0: its cores less the load at the start, at least one
     eval_every: int = 500  # steps between evaluations, each of which also writes last/ and state.pt
     save_dtype: str = "float32"  # of best/ and last/: float32 | bfloat16
     patience: int = 10  # evaluations without a better validation loss before stopping
