@@ -583,9 +583,10 @@ def losses_of(network, batch, cfg, bf16, silence_pad=None):
     with torch.autocast(audio.device.type, torch.bfloat16, enabled=bf16):
         hidden = network(audio[..., :-1], batch["text"][:, :-1], batch["prompt"],
                          batch["speaker"], batch["prompt_mask"])  # (B, [1+P] + T-1, hidden)
-        return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text,
-                          cfg.listening_weight, silence_pad, cfg.text_weight,
-                          cfg.prompt_word_weight)
+        return model.loss(hidden, batch, user_weight=cfg.user_weight, first_frame=cfg.first_frame,
+                          prompt_text=cfg.prompt_text, listening_weight=cfg.listening_weight,
+                          silence_pad=silence_pad, text_weight=cfg.text_weight,
+                          prompt_word_weight=cfg.prompt_word_weight)
 
 
 def train_step(network, optimizers, parts, cfg, bf16=False, silence_pad=None):
