@@ -80,6 +80,7 @@ from turns import (
     SPLIT_VOICED,
     count_events,
     fit_thresholds,
+    join,
     label_segments,
     merge_words,
     turn_taking,
@@ -340,17 +341,6 @@ def load_channels(dialogue):
     return to_16k(audio, rate)
 
 
-def join_phrases(speech):
-    """Stretches of speech less than 0.3 s apart are one phrase: models need context."""
-    phrases = []
-    for start, end in speech:
-        if phrases and start - phrases[-1][1] < 0.3:
-            phrases[-1][1] = end
-        else:
-            phrases.append([start, end])
-    return phrases
-
-
 def embed_phrases(pieces, encoder, rng):
     """Embeddings of a random snippet of 3-5 s of the phrases' audio and of the first and the last
     phrase; None for what is not there: the last one of a speaker who says one phrase."""
@@ -376,7 +366,7 @@ def hear(audio, dialogue, settings):
     rng = np.random.default_rng([settings.seed, zlib.crc32(np.ascontiguousarray(audio))])
     channels = []
     for channel, speech in zip(audio, own_speech(audio)):
-        phrases = join_phrases(speech)
+        phrases = join(speech, 0.3)  # models need context
         pieces = [channel[int(start * RATE):int(end * RATE)] for start, end in phrases]
         channels.append({"speech": speech, "words": recognise(channel, phrases, settings.asr),
                          "mos": [quality(piece, settings.quality) for piece in pieces],
