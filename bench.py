@@ -38,7 +38,7 @@ PARTS = ("training", "generation", "codec", "live", "long")
 class Config:
     parts: str = "training generation codec live"
     seconds: float = 5.0  # that each figure is measured for
-    threads: int = 1  # on a CPU; 0: its cores where nothing else runs at the start
+    threads: int = 1  # on a CPU; 0: its cores less the load at the start, at least one
     # the model: `backbone` (folder or hub id, of which config.json is read) or a Llama so large
     backbone: str = ""
     hidden: int = 384

@@ -845,15 +845,17 @@ def load_codec(path):
 
 def fingerprint(path):
     """16 hex digits that tell codecs apart: SHA-256 of the file that `load_codec(path)` opens, or
-    of a folder's weights.
+    of a folder's weights (a model's too).
 
     It travels with a data set and the models trained on it, whose codes mean nothing to another
     codec.
     """
     path = _fetch(path)
     files = [file for file in (path, *sorted(path.glob("*.safetensors"))) if file.is_file()]
-    content = b"".join(file.read_bytes() for file in files) or str(path).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
+    digest = hashlib.sha256(b"" if files else str(path).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _load_minicodec(path):

@@ -712,7 +712,8 @@ def epoch_batches(lengths, batch_size, epoch, seed):
 
     Roles alternate: a dialogue seen from one side in this epoch is seen from the other in the next,
     which doubles the data (the authors draw one side once). Dialogues of like length share a batch,
-    so that little is padding. A last batch that is not full is left out in this epoch.
+    so that little is padding. What does not fill a batch, some of the shortest and of the longest,
+    is left out in this epoch.
     """
     rng = random.Random(seed)
     sides = [(rng.randrange(2) + epoch) % 2 for _ in lengths]

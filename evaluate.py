@@ -80,6 +80,7 @@ from turns import (
     SPLIT_VOICED,
     count_events,
     fit_thresholds,
+    join,
     label_segments,
     merge_words,
     turn_taking,
@@ -340,17 +341,6 @@ def load_channels(dialogue):
     return to_16k(audio, rate)
 
 
-def join_phrases(speech):
-    """Stretches of speech less than 0.3 s apart are one phrase: models need context."""
-    phrases = []
-    for start, end in speech:
-        if phrases and start - phrases[-1][1] < 0.3:
-            phrases[-1][1] = end
-        else:
-            phrases.append([start, end])
-    return phrases
-
-
 def embed_phrases(pieces, encoder, rng):
     """Embeddings of a random snippet of 3-5 s of the phrases' audio and of the first and the last
     phrase; None for what is not there: the last one of a speaker who says one phrase."""
@@ -376,7 +366,7 @@ def hear(audio, dialogue, settings):
     rng = np.random.default_rng([settings.seed, zlib.crc32(np.ascontiguousarray(audio))])
     channels = []
     for channel, speech in zip(audio, own_speech(audio)):
-        phrases = join_phrases(speech)
+        phrases = join(speech, 0.3)  # models need context
         pieces = [channel[int(start * RATE):int(end * RATE)] for start, end in phrases]
         channels.append({"speech": speech, "words": recognise(channel, phrases, settings.asr),
                          "mos": [quality(piece, settings.quality) for piece in pieces],
@@ -522,11 +512,11 @@ def said(channel, speaker, settings):
 
 
 def score_words(speakers, channels):
-    """WER of both speakers together, and of each."""
+    """WER of both speakers together, and of each; not of a recording that the model talked to."""
     figures, errors, length = {}, 0, 0
     for k, (speaker, channel) in enumerate(zip(speakers, channels), 1):
-        if speaker.get("text") is None:
-            continue  # a recording that the model talked to
+        if speaker.get("text") is None or "recording" in speaker:
+            continue
         recognised = " ".join(word["word"] for word in channel["words"])
         wrong, of = word_errors(speaker["text"], recognised)
         errors, length = errors + wrong, length + of
@@ -551,19 +541,21 @@ def score_start(speakers, channels, words, rng):
 
 def score_voices(speakers, channels):
     """Quality, similarity to the prompt's voice and drift from first to last phrase: means over the
-    speakers that have them."""
+    speakers that have them. A recording that the model talked to only lends its voice to the bottom
+    lines."""
     first, last, snippet = ([channel[key] for channel in channels]
                             for key in ("first", "last", "snippet"))
     target = [speaker.get("embedding") for speaker in speakers]
     lists = {"quality": [], "similarity": [], "bottom_similarity": [], "drift": [],
              "bottom_drift": []}
     for k in (0, 1):
-        if channels[k]["mos"]:
+        made = "recording" not in speakers[k]
+        if made and channels[k]["mos"]:
             lists["quality"].append(np.mean(channels[k]["mos"]))
         for key, other in (("similarity", k), ("bottom_similarity", 1 - k)):
             if snippet[k] and target[other]:
                 lists[key].append(cosine(snippet[k], target[other]))
-        for key, other in (("drift", k), ("bottom_drift", 1 - k)):
+        for key, other in (("drift", k), ("bottom_drift", 1 - k)) if made else ():
             if first[k] and last[other]:
                 lists[key].append(1 - cosine(first[k], last[other]))
     return {key: np.mean(values) for key, values in lists.items() if values}
@@ -765,19 +757,29 @@ def load_model(name):
     return load_checkpoint(name, "cuda" if torch.cuda.is_available() else "cpu")[:3]
 
 
+def find_alike(rows, new, n):
+    """Of the first n (0: all) of a data set's rows the numbers of those in situations that training
+    has, or, if `new`, has not."""
+    rows = rows.select(range(min(n or len(rows), len(rows))))
+    names = rows["situation"] if "situation" in rows.column_names else [""] * len(rows)
+    return [i for i, name in enumerate(names) if unseen({"situation": name or ""}) == new]
+
+
 @torch.inference_mode()
 def perplexity(name, dialogues, settings):
     """How well the model that made a folder's dialogues predicts reference dialogues (paper 5.2):
     {ppl_audio, ppl_text} of the system's rows over the test set it took its prompts from, both
-    sides; {} for dialogues that generate.py didn't make, or, with a line that says why, where the
-    model or the data set is not there any more."""
+    sides; only over those in situations that training has, or has not, as the folder's are. {} for
+    dialogues that generate.py didn't make, or, with a line that says why, where the model or the
+    data set is not there any more."""
     made, losses = dialogues[0]["settings"], []
     if "model" not in made:
         return {}
     try:
         model, tokenizer, fmt = load_model(made["model"])
-        reference = Dialogues(load_dialogues(made["data"], settings.split), tokenizer, fmt,
-                              settings.n)
+        rows = load_dialogues(made["data"], settings.split)
+        alike = find_alike(rows, unseen(dialogues[0]), settings.n)
+        reference = Dialogues(rows.select(alike), tokenizer, fmt)
     except InputError as e:
         print(f"{name}: perplexity is left blank: {e}")
         return {}
@@ -1033,11 +1035,12 @@ def heard_pairs(name, dialogues, failed, settings):
 
 
 def find_wordless(name, pairs):
-    """The number of speakers in whom no word was recognised, whom a line names."""
+    """The number of speakers in whom no word was recognised, whom a line names; without recordings
+    that the model talked to."""
     wordless = []
     for dialogue, heard in pairs:
         for k, channel in enumerate(heard["channels"]):
-            if not channel["words"]:
+            if not channel["words"] and "recording" not in dialogue["speakers"][k]:
                 why = "no word recognised" if channel["speech"] else "silent"
                 wordless.append(f"{dialogue['name']} ({name_of(dialogue['speakers'], k)}, {why})")
     if wordless:

@@ -108,7 +108,7 @@ class Config:
     max_frames: int = 1024  # limit for two instances; a recording is heard to its end
     may_end: bool = True  # whether two instances may end it before
     seed: int = 0  # dialogue i of a run uses seed + i, whatever the batch
-    resume: bool = False  # keep the dialogues already in `out`, if their settings are these
+    resume: bool = False  # keep the dialogues already in `out`, if made in the same way
 
 
 # ---- how ids are drawn ----
@@ -965,15 +965,26 @@ def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, r
     print(f"\n{stem}.wav, .json, .png: {audio.shape[1] / sample_rate:.1f} s")
 
 
-def same_settings(path, cfg):
-    """Whether the dialogue in `path` is there and was made with these settings (where it stands in
-    the run apart)."""
+def made_from(cfg, sampling):
+    """What a dialogue's JSON says of how it was made: the settings, the keywords of Sampler, and
+    the fingerprints of the files at the settings' paths, where others may lie the next time."""
+    paths = {key: getattr(cfg, key) for key in ("model", "codec", "prompts")}
+    return {"settings": asdict(cfg), "sampling": sampling,
+            "fingerprints": {key: fingerprint(path) for key, path in paths.items() if path}}
+
+
+def same_settings(path, made):
+    """Whether the dialogue in `path` is there and was `made`, of made_from, like this (where it
+    stands in the run apart)."""
     try:
-        made = json.loads(path.read_text())["settings"]
+        before = json.loads(path.read_text())
+        settings, sampling, files = (before[key] for key in made)
     except (OSError, ValueError, KeyError):
         return False
     apart = ("first", "n", "batch", "resume")
-    return all(made.get(key) == value for key, value in asdict(cfg).items() if key not in apart)
+    asked = {key: value for key, value in made["settings"].items() if key not in apart}
+    return (sampling == made["sampling"] and files == made["fingerprints"]
+            and all(settings.get(key) == value for key, value in asked.items()))
 
 
 def make_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
@@ -1044,8 +1055,8 @@ def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
     if not found:
         raise InputError(f"{cfg.user}: no input.wav below it; give a recording, or a folder of "
                          "Full-Duplex-Bench's layout")
-    jobs, mark = [], Path(cfg.user) / "answers.json"
-    kept = cfg.resume and same_settings(mark, cfg)
+    jobs, mark, made = [], Path(cfg.user) / "answers.json", made_from(cfg, sampling)
+    kept = cfg.resume and same_settings(mark, made)
     for number, path in enumerate(found):
         out = path.with_name(path.name.replace("input", "output"))
         own, told = path.with_name("prompt.json"), pairs
@@ -1055,7 +1066,7 @@ def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
         if not (kept and out.exists()):
             out.unlink(missing_ok=True)
             jobs.append((number, path, out, told[0][0]))
-    write_json(mark, {"settings": asdict(cfg)})
+    write_json(mark, made)
     with tqdm(total=len(jobs), unit="recording") as bar:
         for k in range(0, len(jobs), cfg.batch):
             part = jobs[k:k + cfg.batch]
@@ -1091,9 +1102,10 @@ def main(argv):
     jobs = [(i, pair, out / f"dialogue_{i:04d}") for i, pair in zip(numbers, pairs)]
     # under torchrun every process makes its share
     jobs = jobs[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+    made = made_from(cfg, sampling)
     if cfg.resume:
-        jobs = [job for job in jobs if not same_settings(job[2].with_suffix(".json"), cfg)]
-    record = {"speaker_encoder": encoder, "settings": asdict(cfg), "sampling": sampling}
+        jobs = [job for job in jobs if not same_settings(job[2].with_suffix(".json"), made)]
+    record = {"speaker_encoder": encoder, **made}
     for k in range(0, len(jobs), cfg.batch):
         make_batch(cfg, model, tokenizer, fmt, codec, jobs[k:k + cfg.batch], sampling, user, record)
 

@@ -113,8 +113,11 @@ class FActor(nn.Module):
              listening_weight=1.0, silence_pad=None, text_weight=1.0, prompt_word_weight=1.0):
         """Training loss on a batch of data.collate (paper section 4):
 
-            loss = (audio_system + w audio_user) / (1 + w) + v text        w, v: user_, text_weight
+            loss = (audio_system + w audio_user) / (1 + w)
+                 + v (text + (l - 1) listening + (p - 1) prompt_words)
 
+        w, v, l, p: user_, text_, listening_ and prompt_word_weight; listening, prompt_words: the
+            parts of the text's loss that are in silence, and in words taken up from the prompt.
         hidden (B, [1+P] + T-1, hidden): of `forward` on the batch's prompt and all its frames but
             the last.
         user_weight: 1 is the paper's loss "s/u", 0 its loss "s" (audio_user is then not computed,

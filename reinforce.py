@@ -26,8 +26,8 @@ backchannels or interrupts; whoever speaks stops or goes on. Within a class all 
 together, so *which* word has no gradient. And the instruction: the numbers that a prompt asks for
 are drawn anew for every group.
 
-Writes to `out`: best/ (by held-out counts, not by reward), last/, state.pt (all that `resume=true`
-needs), log.csv (every reward of rewards.py for itself), curves.png.
+Writes to `out`: best/ (by rewards.score: held-out counts, and the axes' rewards), last/, state.pt
+(all that `resume=true` needs), log.csv (every reward of rewards.py for itself), curves.png.
 """
 import copy
 import math
@@ -283,7 +283,9 @@ def keep(run):
     best must not have lost 5 % of the perplexity of held-out text."""
     cfg, out, row, value = run.cfg, Path(run.cfg.out), run.log[-1], score(run.log[-1])
     kept = row["held_out_text"] < run.log[0]["held_out_text"] + math.log(1.05)
-    is_best, run.best = value > run.best and kept, max(value, run.best) if kept else run.best
+    is_best = kept and value > run.best
+    if is_best:
+        run.best = value
     if run.rank:
         return
     names = [key for key in row if key.startswith(("r_", "mae_", "exact_", "held_out_"))]

@@ -22,10 +22,10 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen firs
 AXES = ("pause", "turn", "backchannel", "interruption")
 WEIGHTS = {  # of the rewards, each in units of its spread
     "backchannels": 1.0, "interruptions": 1.0, "pace": 0.5, "overlap": 0.5, "marks": 0.25,
-    "yields": 0.25, "words": 0.5, "pause": 1.0, "turn": 1.0, "backchannel_f1": 1.0, "delay": 1.0,
-    "answer": 0.5, "judge": 0.5}
+    "yields_talk": 0.25, "words": 0.5, "pause": 1.0, "turn": 1.0, "backchannel_f1": 1.0,
+    "delay": 1.0, "yields": 0.25, "answer": 0.5, "judge": 0.5}
 BRIEF = 1.0  # seconds: longer speech is no backchannel, but a takeover (arXiv 2606.11167)
-EARLY, LATE = 0.25, 0.75  # seconds of an answer before and after a turn's end that are worth half
+EARLY, LATE = 0.25, 0.75  # an answer so many seconds before or after a turn's end is worth 0.61
 
 
 def find_segments(texts, tokenizer):
@@ -65,7 +65,7 @@ def instruction_rewards(own, other, asked, seconds):
             "interruptions": -abs(found[1] - asked[1]),
             "pace": -unevenness(times, other),
             "overlap": -len(long), "marks": -len(mistaken),
-            "yields": -sum(goes_on(seconds) for seconds in cut),
+            "yields_talk": -sum(goes_on(seconds) for seconds in cut),
             "words": -float(is_poor(own, least=max(5, seconds / 2)))}
 
 
@@ -86,8 +86,8 @@ def goes_on(seconds):
 
 
 def is_poor(own, least):
-    """Fewer than `least` words, or repeats: of the small world's own sides 1 % repeat more than 6 %
-    of their threes."""
+    """Fewer than `least` words, or more than 10 % of their threes repeat: of the small world's own
+    sides 1 % repeat more than 6 %."""
     words = words_of(own).split()
     threes = list(zip(words, words[1:], words[2:]))
     return len(words) < least or 1 - len(set(threes)) / max(1, len(threes)) > 0.1
@@ -95,7 +95,8 @@ def is_poor(own, least):
 
 def axis_rewards(axis, own, events, end):
     """{name: reward} with a recorded user. own: segments; events: [[begin, end]], what they are
-    depends on the axis (world/segments.py); end: of the segment. The paper's, but for `turn`."""
+    depends on the axis (world/segments.py); end: of the segment. `pause` is Full-Duplex-Bench's
+    rule, `turn` and `answer` are ours; the others follow the paper."""
     new = [s for s in own if 0 <= s["start"] < end]  # what began before is the recording's
     long = [s for s in new if s["end"] - s["start"] > BRIEF]
     if axis == "pause":  # the user only pauses; a takeover is Full-Duplex-Bench's

@@ -87,7 +87,8 @@ def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
                          frames + d, may_end=not scenes)
     if batch.memory.frames < frames + d:
         raise InputError(f"the longest prompt and {frames} frames are more than the model's "
-                         f"{model.backbone.config.max_position_embeddings} positions; frames=")
+                         f"{model.backbone.config.max_position_embeddings} positions; give a "
+                         "smaller frames= or context=")
     if asked is not None:
         batch.draws = Steered(run.decisions, model.num_codebooks, len(order))
     rng = random.Random(seed)
@@ -111,8 +112,8 @@ def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
         batch.step(heard[:, :, d + t])
     ended = (said == model.codebook_size + 1).any(1).unflatten(0, (-1, sides)).any(1)
     ended = ended.repeat_interleave(sides, 0)  # (B, F)
-    frames = torch.where(ended.any(1), ended.int().argmax(1) - d, frames)
-    return torch.cat([said, heard], 1), text, scene["frames"] if scenes else frames
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) - d, frames)
+    return torch.cat([said, heard], 1), text, scene["frames"] if scenes else lengths
 
 
 def stack(scenes, device):

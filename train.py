@@ -111,7 +111,7 @@ class Config:
     compile: bool = False  # by torch.compile; what it cannot compile runs as it is
     fsdp: bool = False  # split weights, gradients and averages over the processes (torchrun)
     cpu_bf16: bool = False  # bfloat16 on a CPU too: faster where it has AVX512_BF16
-    threads: int = 0  # on a CPU; 0: its cores where nothing else runs at the start, else one
+    threads: int = 0  # on a CPU; 0: its cores less the load at the start, at least one
     eval_every: int = 500  # steps between evaluations, each of which also writes last/ and state.pt
     save_dtype: str = "float32"  # of best/ and last/: float32 | bfloat16
     sampling: str = ""  # how generation draws, stored with them: settings of generate.py; "": paper
@@ -607,9 +607,10 @@ def losses_of(network, batch, cfg, bf16, silence_pad=None):
     with torch.autocast(audio.device.type, torch.bfloat16, enabled=bf16):
         hidden = network(audio[..., :-1], batch["text"][:, :-1], batch["prompt"],
                          batch["speaker"], batch["prompt_mask"])  # (B, [1+P] + T-1, hidden)
-        return model.loss(hidden, batch, cfg.user_weight, cfg.first_frame, cfg.prompt_text,
-                          cfg.listening_weight, silence_pad, cfg.text_weight,
-                          cfg.prompt_word_weight)
+        return model.loss(hidden, batch, user_weight=cfg.user_weight, first_frame=cfg.first_frame,
+                          prompt_text=cfg.prompt_text, listening_weight=cfg.listening_weight,
+                          silence_pad=silence_pad, text_weight=cfg.text_weight,
+                          prompt_word_weight=cfg.prompt_word_weight)
 
 
 def train_step(network, optimizers, parts, cfg, bf16=False, silence_pad=None):

@@ -98,6 +98,18 @@ def fit_thresholds(words, truth):
     return best[0], tuple(round(float(x), 3) for x in best[2])
 
 
+def join(spans, gap):
+    """Spans [(start, end)], in order of start, as lists; those less than `gap` seconds apart are
+    one. (Full-Duplex-Bench's, of those at most so far apart, is in fdb.py.)"""
+    joined = []
+    for start, end in spans:
+        if joined and start - joined[-1][1] < gap:
+            joined[-1][1] = max(joined[-1][1], end)
+        else:
+            joined.append([start, end])
+    return joined
+
+
 def turn_taking(speech, duration):
     """Seconds per minute of IPU, pause, gap and overlap (Nguyen et al. 2023; paper 7.3).
 
@@ -105,16 +117,8 @@ def turn_taking(speech, duration):
     (inter-pausal unit). Going through the IPUs of both by start, the silence from one to the next
     is a pause (same speaker) or a gap (the other). duration: seconds.
     """
-    ipus = []
-    for speaker, own in enumerate(speech):
-        last = None
-        for start, end in sorted(own):
-            if last and start - last[1] < 0.2:
-                last[1] = max(last[1], end)
-            else:
-                last = [start, end, speaker]
-                ipus.append(last)
-    ipus.sort()
+    ipus = sorted([*ipu, speaker] for speaker, own in enumerate(speech)
+                  for ipu in join(sorted(own), 0.2))
     seconds = {"ipu": 0.0, "pause": 0.0, "gap": 0.0, "overlap": 0.0}
     for start, end, _ in ipus:
         seconds["ipu"] += end - start

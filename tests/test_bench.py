@@ -1,4 +1,5 @@
 """bench.py: what it computes, and that every part runs."""
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import LlamaConfig
 
 import bench
 from codec import MiniCodec, save_minicodec
-from config import InputError, keep_memory
+from config import InputError, keep_memory, use_threads
 
 SMALL = {"hidden": 64, "layers": 2, "heads": 2, "intermediate": 128, "vocab": 500, "prompt": 5,
          "codebook_size": 50, "frames": 100, "batch": 1}
@@ -40,6 +41,25 @@ def test_memory_is_kept_for_the_next_step():
     before = held()
     del piece
     assert held() > before - 1000
+
+
+def test_threads_are_the_cores_less_the_load(monkeypatch):
+    """Also after a script that ran in this process, as world.ablate's do, has set one thread."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for load in (2.6, 9.0):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        use_threads(0)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "getloadavg", lambda: (0, 0, 0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    use_threads(0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's word
+    use_threads(0)
+    assert found == [5, 1, 6]
 
 
 def test_products_are_counted():

@@ -282,6 +282,20 @@ def test_silence_between_voiced_stretches_is_longer_than_it_looks():
         assert [segment["label"] for segment in segments] == labels
 
 
+def test_a_recorded_user_is_not_the_models_speech():
+    """generate.py --user and serve.py record= write the user with "recording" and no words."""
+    pytest.importorskip("jiwer")
+    user = {"name": "user", "recording": "user.wav", "words": [], "text": ""}
+    dialogue = BLANK | {"name": "d", "speakers": [speaker(embedding=[1, 0]), user]}
+    result = heard(-0.5, "ab")
+    result["channels"][1] |= {"mos": [1.0], "last": [1.0, 0.0]}
+    figures, _ = evaluate.score(dialogue, result, np.random.default_rng(0), Settings())
+    assert [figures[key] for key in ("wer", "quality", "drift")] == [0, 3, 0]
+    assert "wer_2" not in figures and figures["bottom_similarity"] == 0
+    assert evaluate.find_wordless("f", [(dialogue, heard(0, "ab", silent=[1]))]) == 0
+    assert evaluate.find_wordless("f", [(dialogue, heard(0, "ab", silent=[0]))]) == 1
+
+
 STORIES = [
     "A farmer lost the car keys.",
     "My aunt baked an apple pie.",
@@ -779,6 +793,7 @@ def test_words_names_and_slots(tmp_path, dialogues, monkeypatch):
 
 
 def test_unseen_situations_are_a_row_of_their_own(tmp_path, stub, monkeypatch, dialogues):
+    """Its perplexity is that of the test set's dialogues in such situations."""
     pytest.importorskip("jiwer")
     world = {
         "names": [],
@@ -790,13 +805,16 @@ def test_unseen_situations_are_a_row_of_their_own(tmp_path, stub, monkeypatch, d
     monkeypatch.setattr(evaluate, "small_world", lambda: world)
     write_split(
         tmp_path / "data",
-        [dialogues[0] | {"situation": "new" if i % 3 == 0 else "old"} for i in range(6)],
+        [
+            dialogues[1 if kind == "new" else 2] | {"situation": kind}
+            for kind in ("new", "old", "old") * 2
+        ],
         "test",
     )
     folder = folder_of(tmp_path / "made", np.zeros((2205, 2)))
     for i in range(6):
         info = json.loads((folder / f"d{i:02d}.json").read_text()) | {
-            "settings": {"data": str(tmp_path / "data")}
+            "settings": {"data": str(tmp_path / "data"), "model": str(GOLDEN / "checkpoint")}
         }
         (folder / f"dialogue_{i:04d}.json").write_text(json.dumps(info))
         shutil.copy(folder / f"d{i:02d}.wav", folder / f"dialogue_{i:04d}.wav")
@@ -804,7 +822,10 @@ def test_unseen_situations_are_a_row_of_their_own(tmp_path, stub, monkeypatch, d
         path.unlink()
     evaluate.main([str(folder), f"out={tmp_path / 'out'}", "jobs=1"])
     rows = rows_of(tmp_path / "out")
-    assert f"{folder} (n=4)" in rows and f"{folder}, unseen situations (n=2)" in rows
+    old, new = rows[f"{folder} (n=4)"], rows[f"{folder}, unseen situations (n=2)"]
+    for row in (old, new):  # one and the same dialogue again and again
+        assert row["ppl_audio"]["low"] == pytest.approx(row["ppl_audio"]["high"])
+    assert old["ppl_audio"]["value"] != pytest.approx(new["ppl_audio"]["value"])
 
 
 def test_processes_of_a_torchrun_share_the_dialogues(tmp_path, stub, monkeypatch):

@@ -101,6 +101,40 @@ def test_processes_share_the_dialogues(words, tmp_path, monkeypatch):
     assert len(one) == 6
 
 
+def test_what_was_made_by_other_weights_or_prompts_is_made_anew(words, golden_codec_model, tmp_path,
+                                                                monkeypatch):
+    """resume=true looks behind the paths: new weights or prompts under the same name are others."""
+    model, tokenizer, fmt, _ = load_checkpoint(golden_codec_model)
+    prompts, path = tmp_path / "prompts.json", tmp_path / "out" / "dialogue_0000.json"
+
+    made = []
+
+    def make(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
+        made.append(jobs)
+        path.write_text(json.dumps(record))
+    monkeypatch.setattr(generate, "make_batch", make)
+
+    def keeps():
+        before = len(made)
+        generate.main([*words, f"model={tmp_path}/model", f"prompts={prompts}", "resume=true"])
+        return len(made) == before
+    prompts.write_text(json.dumps([PAIR]))
+    save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {})
+    assert not keeps() and keeps()
+    prompts.write_text(json.dumps([[PAIR[0] | {"narrative": "You lost your bag."}, PAIR[1]]]))
+    assert not keeps()
+    with torch.no_grad():
+        model.dsu_head.bias += 1
+    save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {})
+    assert not keeps()
+    save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {"sampling": {"temperature": 0.5}})
+    assert not keeps()
+    record = json.loads(path.read_text())
+    assert record.pop("fingerprints").keys() == {"model", "codec", "prompts"}
+    path.write_text(json.dumps(record))  # as written before there were fingerprints
+    assert not keeps()
+
+
 def test_the_narrative_of_the_prompt_is_stored(dialogues):
     for rewritten in (True, False):
         fmt = StreamFormat(rewritten_narrative=rewritten)

@@ -276,7 +276,7 @@ def test_instruction_rewards():
             > rewards.instruction_rewards(bunched, other, (2, 0), 9)["pace"] + 0.2)
     cut = [said(4, 7, "no wait", "interruption", ["backchannel"], 1)]
     found = rewards.instruction_rewards([said(0, 6, "a b a b a b a b")], cut, (0, 0), 9)
-    assert (found["yields"], found["words"]) == (-1, -1)  # it goes on for 2 s, and repeats
+    assert (found["yields_talk"], found["words"]) == (-1, -1)  # it goes on for 2 s, and repeats
     assert rewards.instruction_rewards(cut, [], (0, 1), 9)["marks"] == -1
 
 
@@ -304,6 +304,14 @@ def test_axis_rewards():
     assert rewards.axis_rewards("pause", [said(1, 1.9, "oh i see it")], [], 9) == {"pause": -1}
     silent = rewards.axis_rewards("interruption", [], [[4, 5]], 9)
     assert silent == {"delay": -4, "yields": 0, "answer": 0}
+
+
+def test_no_reward_of_the_two_tasks_shares_a_name():
+    """Each has a spread and a column of its own."""
+    talk = rewards.instruction_rewards([], [], (0, 0), 9)
+    axes = [rewards.axis_rewards(axis, [], [[4, 5]], 9) for axis in rewards.AXES]
+    names = [*talk, *set().union(*axes), "judge"]
+    assert sorted(names) == sorted(rewards.WEIGHTS)
 
 
 def test_control_follows_what_is_due(start):

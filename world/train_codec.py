@@ -5,7 +5,7 @@ small world:
     python -m world.train_codec data=runs/bank out=runs/codec minutes=40 resume=true    # goes on
 
 Writes to `out`: codec.safetensors (for load_codec), checkpoint.pt and log.csv. The recipe is that
-of Vocos (2306.00814) and DAC (2306.06546), cut down to what two CPU cores do in half an hour:
+of Vocos (2306.00814) and DAC (2306.06546), cut down to what two CPU cores do in 40 minutes:
   - a log-mel distance at several resolutions, from the first step to the last;
   - after a share of the time, three small spectrogram discriminators, hinge losses and feature
     matching;
