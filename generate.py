@@ -105,7 +105,7 @@ class Config:
     top_p: float = -1.0  # of text and audio
     text_top_p: float = -1.0
     audio_top_p: float = -1.0
-    max_frames: int = 1024  # limit for two instances; a recording is heard to its end
+    max_frames: int = 0  # limit for two instances; 0: the checkpoint's; a recording is heard out
     may_end: bool = True  # whether two instances may end it before
     seed: int = 0  # dialogue i of a run uses seed + i, whatever the batch
     resume: bool = False  # keep the dialogues already in `out`, if made in the same way
@@ -995,12 +995,13 @@ def make_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
     speaking = [speaker for _, pair, _ in jobs for speaker in (pair[:1] if user else pair)]
     embeddings = torch.tensor([speaker["embedding"] for speaker in speaking], dtype=torch.float32)
     sampler = Sampler([cfg.seed + number for number, _, _ in jobs], **sampling)
-    bar = tqdm(total=user[1].shape[1] + fmt.delay if user else cfg.max_frames, unit="frame",
+    limit = cfg.max_frames or fmt.max_frames
+    bar = tqdm(total=user[1].shape[1] + fmt.delay if user else limit, unit="frame",
                desc=f"dialogues {jobs[0][0]}-{jobs[-1][0]}", disable=len(jobs) == 1)
     transcript = Transcript(tokenizer, [speaker["name"] for speaker in speaking])
     start, frames = time.time(), 0
     for i, rows in converse(model, tokenizer, fmt, [speaker["prompt"] for speaker in speaking],
-                            embeddings, sampler, cfg.max_frames, user[1] if user else None,
+                            embeddings, sampler, limit, user[1] if user else None,
                             transcript if bar.disable else lambda t, text: bar.update(),
                             cfg.may_end):
         (_, pair, stem), length = jobs[i], rows[0][0].shape[1]
@@ -1078,8 +1079,8 @@ def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
 @torch.no_grad()
 def main(argv):
     cfg = load_settings(Config, argv)
-    if cfg.max_frames < 1 or cfg.batch < 1 or not 0 <= cfg.listen < math.inf:
-        raise InputError("max_frames and batch are at least 1, listen is 0 or more seconds")
+    if cfg.max_frames < 0 or cfg.batch < 1 or not 0 <= cfg.listen < math.inf:
+        raise InputError("batch is at least 1, max_frames and listen are 0 or more")
     if not -60 <= cfg.level <= 0:
         raise InputError(f"level={cfg.level}: must be from -60 to 0 dB; 0 leaves it as it is")
     use_threads()

@@ -2,6 +2,7 @@
 user, bad input; the running batch against the model's forward pass."""
 import json
 import re
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -500,6 +501,15 @@ def test_another_codec_or_speaker_encoder_is_refused(golden_codec_model, words, 
     # padding: still a whole tar
     (tmp_path / "other.nemo").write_bytes((GOLDEN / "codec.nemo").read_bytes() + bytes(512))
     refuses("other.nemo is not the codec that", *words, f"codec={tmp_path}/other.nemo")
+
+
+def test_the_limit_is_the_trainings(words, tmp_path):
+    """Where max_frames is not given."""
+    model, tokenizer, fmt, _ = load_checkpoint(words[0].removeprefix("model="))
+    save_checkpoint(tmp_path / "model", model, tokenizer, replace(fmt, max_frames=7), {})
+    generate.main([*words, f"model={tmp_path}/model", "max_frames=0", "may_end=false"])
+    record = json.loads((tmp_path / "out" / "dialogue_0000.json").read_text())
+    assert len(record["codes"][0][0]) == 7 - fmt.delay
 
 
 def test_a_long_prompt_is_noted(words, tmp_path, capsys):
