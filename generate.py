@@ -107,7 +107,7 @@ class Config:
     audio_top_p: float = -1.0
     max_frames: int = 0  # limit for two instances; 0: the checkpoint's; a recording is heard out
     may_end: bool = True  # whether two instances may end it before
-    seed: int = 0  # dialogue i of a run uses seed + i, whatever the batch
+    seed: int = 1  # dialogue i of a run uses seed + i, whatever the batch
     resume: bool = False  # keep the dialogues already in `out`, if made in the same way
 
 
@@ -865,7 +865,7 @@ def check_parts(cfg, model, codec, trained):
 def check_pairs(cfg, model, tokenizer, pairs, longest=None):
     """Raise InputError for a voice or a prompt that the model cannot take. longest: tokens of the
     longest prompt that it was trained on, if that is known; a longer one is noted."""
-    positions = model.backbone.config.max_position_embeddings
+    positions, long = model.backbone.config.max_position_embeddings, []
     for i, pair in enumerate(pairs):
         for speaker in pair:
             where = f"{cfg.prompts or cfg.data}: dialogue {cfg.first + i}, {speaker['name']}"
@@ -881,8 +881,11 @@ def check_pairs(cfg, model, tokenizer, pairs, longest=None):
                 raise InputError(f"{where}: its prompt has {tokens} tokens, but {cfg.model} has "
                                  f"{positions} positions for prompt and dialogue; shorten it")
             if longest and tokens > longest:
-                print(f"note: {where}: its prompt has {tokens} tokens, more than the {longest} "
-                      f"that {cfg.model} was trained on", file=sys.stderr)
+                long.append((tokens, where))
+    if long:
+        tokens, where = max(long)
+        print(f"note: {len(long)} prompts have more tokens than the {longest} that {cfg.model} was "
+              f"trained on; {where}'s has {tokens}", file=sys.stderr)
 
 
 def read_user(cfg, codec, fmt, device):
@@ -912,8 +915,8 @@ def draw_timeline(path, audio, sample_rate, speakers):
     """A PNG with both waveforms (2, samples), the words where they are said, a marked one with its
     mark and in its colour; what is heard as backchannel or interruption is shaded."""
     seconds = audio.shape[1] / sample_rate
-    length = max(12, seconds / 200)  # of a row, to be readable; a picture has room for 250
-    rows = max(1, math.ceil(seconds / length))
+    rows = min(200, max(1, round(seconds / 12)))  # readable ones; a picture has room for 250
+    length = seconds / rows
     fig, axes = plt.subplots(rows, 1, figsize=(16, 2.9 * rows), squeeze=False)
     events = label_segments(merge_words([speaker["words"] for speaker in speakers]))
     step = sample_rate // 200
