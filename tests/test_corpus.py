@@ -222,6 +222,21 @@ def test_slips(made, tmp_path):
         compose(made, tmp_path / "a", "slips=true")
 
 
+def test_slips_are_drawn_apart_from_the_dialogue(made, tmp_path, monkeypatch):
+    """From the plan's own numbers, what is heard would tell which filling was meant."""
+    keys, default_rng = [], np.random.default_rng
+
+    def watched(key):
+        keys.append(key)
+        return default_rng(key)
+    monkeypatch.setattr(np.random, "default_rng", watched)
+    settings = corpus.Settings(bank=str(made / "bank.safetensors"), slips=True,
+                               situations=str(made / "small.yaml"))
+    corpus.compose_shard((tmp_path / "shard.parquet", [40, 41]), settings)
+    states = {tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys}
+    assert len(states) == len(keys) >= 6  # of each: a plan, an attempt, the slips
+
+
 def test_smaller_world():
     """`topics` keeps the first situations of training, for its test set too."""
     whole, small = (corpus.read_situations(SITUATIONS, topics) for topics in (0, 3))

@@ -579,7 +579,7 @@ def compose_shard(item, settings):
         codes = codes_of(pieces, frames, coded)
         row["dsu_c1_path"], row["dsu_c2_path"] = codes.tolist()
         if settings.slips:
-            rng = np.random.default_rng([settings.seed, i, 0, 0, 1])  # as long as no other seed
+            rng = np.random.default_rng([settings.seed, i, 0, 0, 1])  # [seed, i] is the plan's
             wrong = slipped(rng, pieces, codes, coded, forms)
             row["slip_c1_path"], row["slip_c2_path"] = wrong.tolist()
         for channel, voice in enumerate(row["tts_speaker_ids"], 1):
