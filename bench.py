@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import train
 from codec import load_codec
-from config import InputError, hub_problem, keep_memory, load_settings, use_threads
+from config import InputError, hub_problem, keep_memory, load_settings, most_memory, use_threads
 from data import EXTRA_TOKENS, FRAME_RATE, StreamFormat
 from generate import Conversation, Sampler, read_prefix
 from model import FActor, load_checkpoint
@@ -385,9 +385,7 @@ def peak_memory(machine):
     """Bytes that this process has held at most: on the GPU, or on a CPU in all."""
     if machine.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return most_memory()
 
 
 def main(argv):

@@ -104,6 +104,15 @@ def keep_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
+def most_memory(children=False):
+    """Bytes that this process has held at most, or the largest of those that it has waited for. Not
+    on Windows, which lacks Python's module for it."""
+    import resource
+    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(who).ru_maxrss * unit
+
+
 def over_cores(function, work, workers=0):
     """function(x) for every x of the list `work`, in order, over `workers` processes of one thread
     each (0: all cores). Yields the results. Raises InputError where a process was ended from

@@ -44,7 +44,7 @@ from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, fingerprint, load_codec, missing_recording, read_audio
-from config import InputError, load_settings, over_cores, read_json, write_json
+from config import InputError, load_settings, most_memory, over_cores, read_json, write_json
 from data import (
     BC,
     FRAME_RATE,
@@ -757,14 +757,6 @@ def load_model(name):
     return load_checkpoint(name, "cuda" if torch.cuda.is_available() else "cpu")[:3]
 
 
-def find_alike(rows, new, n):
-    """Of the first n (0: all) of a data set's rows the numbers of those in situations that training
-    has, or, if `new`, has not."""
-    rows = rows.select(range(min(n or len(rows), len(rows))))
-    names = rows["situation"] if "situation" in rows.column_names else [""] * len(rows)
-    return [i for i, name in enumerate(names) if unseen({"situation": name or ""}) == new]
-
-
 @torch.inference_mode()
 def perplexity(name, dialogues, settings):
     """How well the model that made a folder's dialogues predicts reference dialogues (paper 5.2):
@@ -778,7 +770,9 @@ def perplexity(name, dialogues, settings):
     try:
         model, tokenizer, fmt = load_model(made["model"])
         rows = load_dialogues(made["data"], settings.split)
-        alike = find_alike(rows, unseen(dialogues[0]), settings.n)
+        names = situations_of(made["data"], settings.split) or [""] * len(rows)
+        alike = [i for i, name in enumerate(itertools.islice(names, settings.n or None))
+                 if unseen({"situation": name or ""}) == unseen(dialogues[0])]
         reference = Dialogues(rows.select(alike), tokenizer, fmt)
     except InputError as e:
         print(f"{name}: perplexity is left blank: {e}")
@@ -1234,10 +1228,7 @@ def print_tables(results, settings):
 def print_cost(began, jobs):
     """Prints the time since `began`, and the memory."""
     if importlib.util.find_spec("resource"):  # not on Windows
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-        own, worker = (resource.getrusage(who).ru_maxrss * unit / 1e9
-                       for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        own, worker = (most_memory(children) / 1e9 for children in (False, True))
         print(f"{time.time() - began:.0f} s; peak memory {own:.1f} GB, and at most {worker:.1f} GB "
               f"in each of {jobs or os.cpu_count()} workers")
 

@@ -619,7 +619,7 @@ class Conversation:
             logits = self.audio_head(hidden).view(len(hidden), -1, width)  # (B, K, C+2)
             logits[..., width - 2] = -torch.inf  # no delay id: it only stands in front of the audio
             if self.may_end:
-                busy = self.left[rows].unflatten(0, (-1, 2)).flatten(1).any(1)  # (B / 2,)
+                busy = self.left[rows].reshape(-1, 4).any(1)  # (B / 2,), both sides and kinds
                 logits[busy.repeat_interleave(2), :, width - 1] = -torch.inf
             else:
                 logits[..., width - 1] = -torch.inf

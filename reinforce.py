@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from config import InputError, keep_memory, load_settings, use_threads, write_atomically, write_csv
+from config import InputError, load_settings, use_threads, write_atomically, write_csv
 from data import SILENCE_PAD, load_dialogues
 from generate import Sampler
 from model import load_checkpoint, save_checkpoint
@@ -338,8 +338,6 @@ def setup(cfg):
     check_settings(cfg)
     use_threads(cfg.threads)
     rank, world, device = train.join_processes()
-    if device.type == "cpu":
-        keep_memory()
     model, tokenizer, fmt, trained = load_checkpoint(cfg.model, device)
     if cfg.frames > fmt.max_frames:
         raise InputError(f"frames={cfg.frames}: {cfg.model} has max_frames={fmt.max_frames}")

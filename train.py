@@ -222,12 +222,14 @@ def check_codec(cfg):
 
 
 def join_processes():
-    """Find the other processes that torchrun started. Returns (rank, world, device)."""
+    """Find the other processes that torchrun started, and set this one up for its device. Returns
+    (rank, world, device)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = torch.cuda.is_available()
     if world > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     if not on_gpu:
+        keep_memory()
         return rank, world, torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
@@ -343,8 +345,6 @@ def setup(cfg):
     check_codec(cfg)
     use_threads(cfg.threads)
     rank, world, device = join_processes()
-    if device.type == "cpu":
-        keep_memory()
     torch.manual_seed(cfg.seed)  # the same weights in every process
     opened = load_dialogues(cfg.data, "train", cfg.streaming)
     model, tokenizer = build(cfg, fmt, opened)
@@ -517,8 +517,8 @@ def checkpoint(run, is_best):
     settings = {key: value for key, value in asdict(cfg).items() if key not in ("out", "resume")}
     extra = {"calc_loss_on_c1_only": cfg.user_weight == 0, "trained_steps": run.step,
              "train_config": settings, "longest_prompt": longest_prompt(run)} | made_with(cfg.data)
-    if cfg.sampling:
-        extra["sampling"] = stored_sampling(cfg.sampling)
+    if sampling := stored_sampling(cfg.sampling):
+        extra["sampling"] = sampling
     for name in ["last", "best"] if is_best else ["last"]:
         save_checkpoint(out / name, run.model, run.tokenizer, run.fmt, extra,
                         getattr(torch, cfg.save_dtype), weights)

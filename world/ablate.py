@@ -148,6 +148,11 @@ def claim(settings, data):
     write_json(path, mark, indent=1)
 
 
+def shared(settings):
+    """What all rows give train.py, as words."""
+    return [settings.config, *settings.common.split()]
+
+
 def folder_of(settings, name):
     return Path(settings.out) / name.replace(" ", "_").replace("'", "")
 
@@ -155,9 +160,8 @@ def folder_of(settings, name):
 def train_row(settings, name, data):
     """Trains the row's model, or goes on with it. Returns its checkpoint's folder."""
     folder = folder_of(settings, name) / "model"
-    words = [settings.config, *settings.common.split(), *TRAINED[name].split(), f"data={data}",
-             f"out={folder}", f"steps={settings.steps}", f"patience={settings.steps}",
-             f"seed={settings.seed}"]
+    words = [*shared(settings), *TRAINED[name].split(), f"data={data}", f"out={folder}",
+             f"steps={settings.steps}", f"patience={settings.steps}", f"seed={settings.seed}"]
     config = folder / "last" / "config.json"
     done = json.loads(read_text(config))["trained_steps"] if config.exists() else 0
     if done < settings.steps:
@@ -221,10 +225,9 @@ def write_tables(settings):
         shown = {name: rows[name] for name in names if name in rows} | dict(paper[part])
         tables[title] = evaluate.table(shown, {key: headers[key] for key in columns})
     tables["does it hold"] = compare(rows)
-    recipe = " ".join([settings.config, *settings.common.split()])
-    text = [f"{recipe}, {settings.steps} steps a model, {settings.n} test prompts a row, "
-            "of which those in situations that training has; [95 % intervals]. The paper's rows "
-            "come from other models, data and instruments: for orientation only."]
+    text = [f"{' '.join(shared(settings))}, {settings.steps} steps a model, {settings.n} test "
+            "prompts a row, of which those in situations that training has; [95 % intervals]. The "
+            "paper's rows come from other models, data and instruments: for orientation only."]
     for title, lines in tables.items():
         if len(lines) > 1:
             text.append(f"## {title[0].upper()}{title[1:]}\n\n{evaluate.markdown(lines)}")
@@ -238,7 +241,7 @@ def write_tables(settings):
 def main(argv):
     settings = load_settings(Settings, argv)
     names, failed = chosen_rows(settings), {}
-    recipe = load_settings(train.Config, [settings.config, *settings.common.split()])
+    recipe = load_settings(train.Config, shared(settings))
     claim(settings, settings.data or recipe.data)
     for i, name in enumerate(names, 1):
         finished = (folder_of(settings, name) / "results.json").exists()
