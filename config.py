@@ -117,7 +117,7 @@ def over_cores(function, work, workers=0):
     """function(x) for every x of the list `work`, in order, over `workers` processes of one thread
     each (0: all cores). Yields the results. Raises InputError where a process was ended from
     outside."""
-    workers = min(workers or os.cpu_count(), len(work))
+    workers = min(workers or count_cores(), len(work))
     if workers < 2:
         yield from map(function, work)
         return

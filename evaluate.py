@@ -44,7 +44,15 @@ from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, fingerprint, load_codec, missing_recording, read_audio
-from config import InputError, load_settings, most_memory, over_cores, read_json, write_json
+from config import (
+    InputError,
+    count_cores,
+    load_settings,
+    most_memory,
+    over_cores,
+    read_json,
+    write_json,
+)
 from data import (
     BC,
     FRAME_RATE,
@@ -512,10 +520,10 @@ def said(channel, speaker, settings):
 
 
 def score_words(speakers, channels):
-    """WER of both speakers together, and of each; not of a recording that the model talked to."""
+    """WER of both speakers together, and of each; not of who has no text of its own."""
     figures, errors, length = {}, 0, 0
     for k, (speaker, channel) in enumerate(zip(speakers, channels), 1):
-        if speaker.get("text") is None or "recording" in speaker:
+        if speaker.get("text") is None:
             continue
         recognised = " ".join(word["word"] for word in channel["words"])
         wrong, of = word_errors(speaker["text"], recognised)
@@ -1230,7 +1238,7 @@ def print_cost(began, jobs):
     if importlib.util.find_spec("resource"):  # not on Windows
         own, worker = (most_memory(children) / 1e9 for children in (False, True))
         print(f"{time.time() - began:.0f} s; peak memory {own:.1f} GB, and at most {worker:.1f} GB "
-              f"in each of {jobs or os.cpu_count()} workers")
+              f"in each of {jobs or count_cores()} workers")
 
 
 def main(argv):

@@ -956,11 +956,13 @@ def draw_row(ax, begin, end, peaks, step, speakers, events):
 
 def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, record):
     """Write stem.wav, stem.png and, last, stem.json. audio (2, samples); speakers: two dicts as of
-    read_prompts, extended here by `words` and `text`; texts: two text streams (an empty one for a
-    recording); codes: (K, T) of each; record: what else the JSON says."""
+    read_prompts, extended here by `words` and `text`; texts: two text streams (None for a
+    recording, or where the model has none); codes: (K, T) of each; record: what else the JSON
+    says."""
     for speaker, text in zip(speakers, texts):
-        speaker["words"] = stream_words(text, tokenizer)
-        speaker["text"] = " ".join(word["word"] for word in speaker["words"])
+        speaker["words"] = [] if text is None else stream_words(text, tokenizer)
+        said = " ".join(word["word"] for word in speaker["words"])
+        speaker["text"] = None if text is None else said
     write_audio(stem.with_suffix(".wav"), audio, sample_rate)
     draw_timeline(stem.with_suffix(".png"), audio, sample_rate, speakers)
     record = {"speakers": speakers, **record, "codes": [row.tolist() for row in codes]}
@@ -1013,12 +1015,13 @@ def make_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
             print(f"{stem}: nothing written, the model ended it at once; try another seed",
                   file=sys.stderr)
             continue
-        codes, texts = [codes for codes, _ in rows], [text for _, text in rows]
+        codes = [codes for codes, _ in rows]
+        texts = [text if fmt.alignment != "none" else None for _, text in rows]
         audio = torch.cat([decode_in_pieces(codec, row[None].to(device)) for row in codes])
         if user:
             pair = [pair[0], {"name": "user", "recording": cfg.user}]
             audio = torch.cat([audio, user[0][:, :audio.shape[1]]])
-            codes, texts = codes + [user[1][:, :length]], texts + [[]]
+            codes, texts = codes + [user[1][:, :length]], texts + [None]
         save_dialogue(stem, audio, codec.sample_rate, pair, texts, codes, tokenizer, record)
     bar.close()
     seconds = time.time() - start

@@ -60,6 +60,7 @@ from codec import (
 from config import (
     InputError,
     brief,
+    count_cores,
     load_settings,
     over_cores,
     read_json,
@@ -820,7 +821,7 @@ def main(argv):
     todo = {path: shards[path] for path in list(shards)[rank::world] if not path.exists()}
     print(f"rank {rank} of {world}: {sum(map(len, todo.values()))} dialogues to do, {len(todo)} of "
           f"{len(shards)} shards")
-    make_shards(todo, settings, settings.workers or max(1, os.cpu_count() // local_world), rank)
+    make_shards(todo, settings, settings.workers or max(1, count_cores() // local_world), rank)
     if rank == 0:
         wait_for(shards, "shards")
         summarise(out, shards, info)

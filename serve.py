@@ -596,7 +596,7 @@ def write_recording(job):
               "made_by": {"model": job["model"], "codec": job["codec"]}}
     save_dialogue(stem, torch.from_numpy(audio), job["rate"],
                   [speaker, {"name": wishes["other"], "recording": f"{stem.name}.wav"}],
-                  [job["text"], []], codes, AutoTokenizer.from_pretrained(job["model"]), record)
+                  [job["text"], None], codes, AutoTokenizer.from_pretrained(job["model"]), record)
     sound.unlink()
 
 

@@ -285,7 +285,7 @@ def test_silence_between_voiced_stretches_is_longer_than_it_looks():
 def test_a_recorded_user_is_not_the_models_speech():
     """generate.py --user and serve.py record= write the user with "recording" and no words."""
     pytest.importorskip("jiwer")
-    user = {"name": "user", "recording": "user.wav", "words": [], "text": ""}
+    user = {"name": "user", "recording": "user.wav", "words": [], "text": None}
     dialogue = BLANK | {"name": "d", "speakers": [speaker(embedding=[1, 0]), user]}
     result = heard(-0.5, "ab")
     result["channels"][1] |= {"mos": [1.0], "last": [1.0, 0.0]}

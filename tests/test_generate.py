@@ -80,10 +80,21 @@ def test_own_prompts_and_a_recording(words, tmp_path):
     record = json.loads((tmp_path / "out" / "dialogue_0000.json").read_text())
     assert record["speaker_encoder"] == "theirs"  # of the info.json beside the voices
     assert "between you (Ann)" in record["speakers"][0]["prompt"]
-    assert record["speakers"][1]["name"] == "user"
+    user = record["speakers"][1]
+    assert (user["name"], user["words"], user["text"]) == ("user", [], None)
     info = soundfile.info(tmp_path / "out" / "dialogue_0000.wav")
     assert info.channels == 2
     assert info.frames == 32 * 1764  # to its end and 0.5 s on, in whole frames
+
+
+def test_a_model_without_text_has_none(words, tmp_path, golden_codec_model):
+    """What such a model draws into its text stream is no text that its speech could be held to."""
+    model, tokenizer, fmt, _ = load_checkpoint(golden_codec_model)
+    fmt.alignment = "none"
+    save_checkpoint(tmp_path / "silent", model, tokenizer, fmt, {})
+    generate.main([*words, f"model={tmp_path}/silent", "may_end=false"])
+    record = json.loads((tmp_path / "out" / "dialogue_0000.json").read_text())
+    assert [(s["words"], s["text"]) for s in record["speakers"]] == 2 * [([], None)]
 
 
 def test_processes_share_the_dialogues(words, tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ steps, sets the schedule: a slower machine trains fewer steps, but always to the
 import copy
 import json
 import math
-import os
 import sys
 import time
 import zlib
@@ -34,7 +33,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, HOP, STEPS, MiniCodec, mel_filters, read_audio, save_minicodec
-from config import InputError, brief, load_settings, write_atomically
+from config import InputError, brief, count_cores, load_settings, write_atomically
 from world.bank import read_bank
 
 FRAME = STEPS * HOP  # samples
@@ -97,7 +96,7 @@ def cut_recordings(folder):
     """Every stretch of speech of every channel of every recording in `folder`, as load_clips'
     clips."""
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         loaded = list(tqdm(pool.map(read_recording, paths), f"load {folder}", len(paths),
                            unit="file", disable=None))
     clips = []
