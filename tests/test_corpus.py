@@ -105,6 +105,9 @@ def check_dialogue(info):
     assert [held[0], held[1]] == asked[0] == info["statistics"]["num_backchannels"]
     cut_in = Counter(u["speaker_idx"] for u in info["utterances"] if u["uttr_type"] == "interrupt")
     assert [cut_in[0], cut_in[1]] == asked[1] == info["statistics"]["num_interruptions"]
+    for before, u in zip(info["utterances"], info["utterances"][1:]):  # clear of 0 and of 0.405
+        gap = u["start_time"] - before["end_time"]
+        assert gap < -0.65 if u["uttr_type"] == "interrupt" else -0.18 < gap < 0.01 or gap > 0.27
     for u in info["utterances"]:
         assert [t.strip(".,?!") for t in u["tts_text"].split()] == [w["word"] for w in u["words"]]
         for b in u["backchannels"]:

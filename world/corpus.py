@@ -49,11 +49,13 @@ FILLER = 0.2  # chance of a filler before a turn, times the speaker's level 0, 1
 CUT_IN = 0.4  # chance that an interrupting turn opens with one of the cut-ins
 MOST = {"fillers": 2, "backchannels": 5, "interruptions": 2}  # of a speaker
 BEGIN, END = (0.15, 0.6), (0.2, 0.6)  # before the first word, after the last one
-BETWEEN_SENTENCES = 3  # frames: pauses inside a turn are shorter, besides what the clips hold
-SMALL_OVERLAP, SMALL_OVERLAP_CHANCE = (0.05, 0.25), 0.15  # not as long as turns.INTERRUPTION
-LONG_GAP, LONG_GAP_CHANCE = (0.6, 1.0), 0.1
-GAP, GAP_SHAPE, GAP_SCALE = 0.03, 3, 0.09  # else 0.03 s + gamma(3, 0.09 s)
-INTERRUPTING_OVERLAP = (0.55, 0.9)
+# who listens has to tell a pause from a turn's end by how long it is quiet, and a small overlap
+# from an interruption by how long both speak: nothing else in these clips says so
+BETWEEN_SENTENCES = 2  # frames: pauses inside a turn are shorter, besides what the clips hold
+SMALL_OVERLAP, SMALL_OVERLAP_CHANCE = (0.03, 0.13), 0.05  # not as long as turns.INTERRUPTION
+LONG_GAP, LONG_GAP_CHANCE = (0.7, 1.0), 0.1
+GAP, GAP_SHAPE, GAP_SCALE = 0.32, 3, 0.06  # else 0.32 s + gamma(3, 0.06 s)
+INTERRUPTING_OVERLAP = (0.7, 1.05)
 HEARD = (1.7, 2.6)  # at least, of an interrupted turn; the second if it interrupts itself
 LONG_TURN = 9  # words a turn needs to be interrupted
 APART = 0.65  # around a backchannel in its own channel: more than turns.SPLIT
