@@ -661,7 +661,7 @@ class Session:
         self.early = []  # frames that came while there was no slot
         self.has_slot = False
         self.frames_in = self.frames_out = self.rubbish = 0
-        self.last_audio = time.monotonic()
+        self.last_audio, self.timer = time.monotonic(), None
         self.out, self.ended, self.drained = asyncio.Queue(), "", asyncio.Event()
 
     async def run(self):
@@ -669,6 +669,8 @@ class Session:
         sender = asyncio.create_task(self.send_all())
         try:
             code = await self.listen()
+            if self.timer:
+                self.timer.cancel()
             if code == WSCloseCode.OK and self.has_slot and not self.ended:
                 await self.drain()
         finally:
@@ -683,18 +685,21 @@ class Session:
     async def listen(self):
         """Takes messages until the close, whose code it returns."""
         while True:
-            left = self.last_audio + self.server.cfg.idle - time.monotonic()
-            try:
-                message = await self.ws.receive(max(left, 0.01) if self.has_slot else None)
-            except asyncio.TimeoutError:
-                self.end(f"no audio came for {self.server.cfg.idle:g} s", "idle")
-                self.last_audio = float("inf")
-                continue
+            message = await self.ws.receive()
             if message.type is WSMsgType.BINARY and not self.ended:
                 self.hear(message.data)
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSED, WSMsgType.CLOSING,
                                   WSMsgType.ERROR):
                 return self.ws.close_code
+
+    def watch(self):
+        """Ends it `idle` seconds after its last audio. A timer, since every pong would start a time
+        limit of `receive` anew."""
+        left = self.last_audio + self.server.cfg.idle - time.monotonic()
+        if left > 0:
+            self.timer = asyncio.get_running_loop().call_later(left, self.watch)
+        else:
+            self.end(f"no audio came for {self.server.cfg.idle:g} s", "idle")
 
     async def drain(self):
         """Waits until all frames are answered."""
@@ -770,6 +775,7 @@ class Session:
         for event in self.early:
             self.server.batch.events.put(event)
         self.early = []
+        self.watch()
 
     def answer(self, said, words):
         """One frame of the answer: said (1920,) in [-1, 1]; words: its (mark, text)."""

@@ -338,6 +338,17 @@ def test_a_silent_client_loses_its_slot():
     assert b"no audio" in received[-1] and left == 0
 
 
+def test_a_silent_client_loses_its_slot_though_it_answers_pings(monkeypatch):
+    """So does one that had to wait for its slot."""
+    monkeypatch.setattr(serve, "HEARTBEAT", 0.1)
+
+    async def client(address, server):
+        async with connect(address) as first, connect(address) as second:
+            assert await first.recv() == b"\x00" and server.queue
+            return [(await asyncio.wait_for(everything(ws), 10))[-1] for ws in (first, second)]
+    assert all(b"no audio came for 0.5 s" in last for last in run(client, idle=0.5, slots=1))
+
+
 def test_pages_of_other_sites_may_not_connect():
     async def client(address, server):
         http = address.replace("ws:", "http:").replace("chat", "check")
