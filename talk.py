@@ -121,7 +121,7 @@ async def send_recording(ws, frames, answer, pace):
 
 
 async def send_microphone(ws, sound, frames):
-    """The microphone's frames, which are kept in `frames`, until Ctrl-C."""
+    """The microphone's frames, which are kept in `frames`, until Ctrl-C or the server's close."""
     encoder, writer = OpusEncoder(), OggWriter()
     heard, loop = asyncio.Queue(), asyncio.get_running_loop()
 
@@ -132,6 +132,8 @@ async def send_microphone(ws, sound, frames):
             while not ws.closed:
                 frames.append(await heard.get())
                 await ws.send_bytes(bytes([OGG]) + writer.write(encoder.encode(frames[-1])))
+    except ConnectionError:  # the server has ended it; `listen` says why
+        pass
     except asyncio.CancelledError:  # Ctrl-C: what was said so far is saved
         asyncio.current_task().uncancel()
 

@@ -424,6 +424,41 @@ def test_talk_saves_an_answer_as_long_as_its_file(tmp_path):
         talk.main([str(tmp_path / "beeps.wav"), "url=ws://127.0.0.1:9/api/chat"])
 
 
+def test_an_answer_to_the_microphone_is_saved_when_the_server_ends_the_talk(monkeypatch):
+    """The close comes while the next frame is awaited."""
+    import contextlib
+    import types
+
+    import talk
+    ended = []
+
+    class Input(contextlib.nullcontext):
+        def __init__(self, *_, callback, **__):
+            super().__init__()
+            asyncio.create_task(self.speak(callback))
+
+        async def speak(self, callback):
+            for _ in range(5):
+                callback(np.zeros((FRAME, 1), np.float32))
+            while not (ended and ended[0].closed):
+                await asyncio.sleep(0.01)
+            callback(np.zeros((FRAME, 1), np.float32))  # of the frame that was awaited
+
+    class Answer(talk.Answer):
+        async def listen(self, ws, *more):
+            ended.append(ws)
+            await super().listen(ws, *more)
+    player = types.SimpleNamespace(start=lambda: None, write=lambda frame: None)
+    monkeypatch.setattr(talk, "Answer", Answer)
+    monkeypatch.setattr(talk, "open_sound", lambda: types.SimpleNamespace(
+        InputStream=Input, OutputStream=lambda *_, **__: player))
+
+    async def client(address, server):
+        return await talk.talk(talk.Config(url=address), None)
+    said, answer = run(client, minutes=5 * 0.08 / 60)
+    assert len(answer.frames) == 5 and len(said) == 6 and "limit" in answer.problem
+
+
 # ---- with a model ----
 
 
