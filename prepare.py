@@ -62,6 +62,7 @@ from config import (
     brief,
     count_cores,
     load_settings,
+    make_folder,
     over_cores,
     read_json,
     read_text,
@@ -779,7 +780,7 @@ def check_settings(settings):
 def claim(path, mark, rank=0):
     """Makes the folder of the JSON file `path`, in which rank 0 writes down what the data set in it
     is (`mark`, a dict). Raises InputError if the folder holds another one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if path.exists():
         old = read_json(path, "it should tell what the folder holds")
         differs = [f"{key} was {old.get(key)} and is {mark[key]}"

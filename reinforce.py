@@ -42,7 +42,14 @@ import torch
 import torch.distributed as dist
 
 import train
-from config import InputError, load_settings, use_threads, write_atomically, write_csv
+from config import (
+    InputError,
+    load_settings,
+    make_folder,
+    use_threads,
+    write_atomically,
+    write_csv,
+)
 from data import SILENCE_PAD, load_dialogues
 from generate import Sampler
 from model import load_checkpoint, save_checkpoint
@@ -373,7 +380,7 @@ def take_up(run):
 
 def main(argv):
     run = setup(load_settings(Config, argv))
-    Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
+    make_folder(run.cfg.out)
     loop(run)
     if run.world > 1:
         train.end(0)
