@@ -20,6 +20,7 @@ what is still to be answered is, for up to 8 s.
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import hmac
@@ -43,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import scipy.signal
 
-from config import InputError, load_settings, read_json
+from config import InputError, brief, load_settings, make_folder, read_json
 from ogg import FRAME, FRAME_SECONDS, RATE, OggReader, OggWriter, OpusDecoder, OpusEncoder
 
 try:
@@ -331,9 +332,19 @@ class Seat:
         self.stream, self.frames = talk.sound.stream(), 0  # how many it has heard
         self.down, self.up = Resampler(RATE, codec.sample_rate), Resampler(codec.sample_rate, RATE)
         self.words, self.text = Words(talk.tokenizer), collections.deque()
-        self.recording = None
+        self.recording, self.folder = None, talk.cfg.record
         if talk.cfg.record and session.recorded:
-            self.recording = Recording(talk, session.wishes)
+            with self.sparing():
+                self.recording = Recording(talk, session.wishes)
+
+    @contextlib.contextmanager
+    def sparing(self):
+        """Around a step of the recording: a fault (a full disk) costs it alone, not the talk."""
+        try:
+            yield
+        except (OSError, concurrent.futures.BrokenExecutor) as e:
+            tell_lost(self.recording.stem if self.recording else self.folder, e)
+            self.recording = None
 
 
 class Sound:
@@ -451,6 +462,15 @@ class Talk:
         spawn = multiprocessing.get_context("spawn")  # after torch has run threads, a fork may hang
         return concurrent.futures.ProcessPoolExecutor(1, spawn, initializer=ignore_signals)
 
+    def write_out(self, job):
+        """Gives the writing process a job of write_recording; to a new one, if it was killed."""
+        try:
+            written = self.writer.submit(write_recording, job)
+        except concurrent.futures.BrokenExecutor:
+            del self.writer
+            written = self.writer.submit(write_recording, job)
+        written.add_done_callback(lambda done: tell_lost(job["stem"], done.exception()))
+
     def check(self, wishes):
         """Raises BadParameter for a prompt that is too long for a row."""
         tokens = len(self.loop_tokenizer.encode(self.prompt(wishes), add_special_tokens=False))
@@ -499,7 +519,8 @@ class Talk:
         self.rows[row] = self.rows[-1]
         self.rows.pop()
         if seat.recording:
-            seat.recording.finish()
+            with seat.sparing():
+                seat.recording.finish()
 
     def grow_old(self):
         """As Echo.grow_old: a frame costs most when the ring of past frames is full."""
@@ -526,7 +547,8 @@ class Talk:
             number = seat.text.popleft()  # what belongs to the sound of now
             words.append(seat.words.read(number))
             if seat.recording:
-                seat.recording.add(samples, voice, user[row], said[row], number)
+                with seat.sparing():
+                    seat.recording.add(samples, voice, user[row], said[row], number)
         return [seat.up(voice) for seat, voice in zip(seats, voices)], words
 
 
@@ -569,7 +591,14 @@ class Recording:
                "embedding": self.talk.embeddings[self.wishes["voice"]],
                "encoder": self.talk.encoder, "said": self.said,
                "heard": self.heard[late:] + silence}
-        self.talk.writer.submit(write_recording, job)
+        self.talk.write_out(job)
+
+
+def tell_lost(stem, error):
+    """Prints that a recording, or one in this folder, is not written; nothing without an error."""
+    if error:
+        print(f"{stem}: a recording is not written ({brief(error)}); .pcm.tmp holds the sound that "
+              "there is", flush=True)
 
 
 def ignore_signals():

@@ -4,6 +4,7 @@ import itertools
 import json
 import struct
 import sys
+from concurrent.futures import BrokenExecutor, Future
 
 import numpy as np
 import pytest
@@ -534,7 +535,10 @@ def test_wishes_reach_the_model(talk_settings):
 
 def test_a_conversation_is_recorded_as_generate_writes_it(talk_settings, tmp_path, monkeypatch):
     class AtOnce:
-        submit = staticmethod(lambda function, job: function(job))
+        def submit(function, job):
+            done = Future()
+            done.set_result(function(job))
+            return done
     talk = serve.Talk(serve.Config(**talk_settings, record=str(tmp_path)))
     monkeypatch.setattr(serve.Talk, "writer", AtOnce)
     guest = serve.Guest(serve.read_wishes({"seed": "1", "name": "Ada"}, talk.voices))
@@ -553,6 +557,38 @@ def test_a_conversation_is_recorded_as_generate_writes_it(talk_settings, tmp_pat
     assert [np.shape(codes) for codes in record["codes"]] == [(4, 7), (4, 7)]
     assert record["speakers"][0]["name"] == "Ada" and stem.with_suffix(".png").exists()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("fault", ["open", "disk", "killed", "writing"])
+def test_a_recording_that_fails_costs_nobody_the_talk(talk_settings, tmp_path, monkeypatch, capsys,
+                                                      fault):
+    class Broken:
+        def submit(function, job):
+            raise BrokenExecutor("killed")
+
+    class Other:
+        def submit(function, job):
+            done.append(Future())
+            done[-1].set_exception(MemoryError("no room")) if fault == "writing" else None
+            return done[-1]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    talk, done = serve.Talk(serve.Config(**talk_settings, record=str(tmp_path / "out"))), []
+    if fault != "open":  # else there is no such folder
+        (tmp_path / "out").mkdir()
+    if fault == "disk":
+        monkeypatch.setattr(serve.Recording, "write", full)
+    monkeypatch.setattr(serve.concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: Other)
+    if fault == "killed":
+        talk.writer = Broken
+    guest = serve.Guest(serve.read_wishes({"seed": "1"}, talk.voices))
+    guest.recorded = True
+    said = [talk.tick([guest], np.zeros((1, FRAME), np.float32))[0] for _ in range(3)]
+    talk.leave(guest)
+    told = capsys.readouterr().out
+    assert len(said) == 3 and not talk.seats and len(done) == (fault in ("killed", "writing"))
+    assert told.count("is not written") == (fault != "killed")
 
 
 def test_resampling_piece_by_piece_is_resampling():
