@@ -988,7 +988,8 @@ class Server:
             return problem(403, f"pages of {origin} may not connect", "Origin")
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         given = request.query.get("token", given)
-        if self.cfg.token and not hmac.compare_digest(given.encode(), self.cfg.token.encode()):
+        given, token = (text.encode(errors="surrogateescape") for text in (given, self.cfg.token))
+        if token and not hmac.compare_digest(given, token):
             return problem(401, "the token is missing or wrong", "token")
         for name in request.query:
             if len(request.query.getall(name)) > 1:
@@ -1106,9 +1107,12 @@ def make_certificate(cert, key, host):
     made = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "nanoFActor")])
     now = datetime.datetime.now(datetime.timezone.utc)
-    names = [x509.DNSName("localhost"), x509.DNSName(socket.gethostname())]
-    addresses = {"127.0.0.1", "::1", host if host.replace(".", "").isdigit() else "127.0.0.1"}
-    names += [x509.IPAddress(ipaddress.ip_address(address)) for address in sorted(addresses)]
+    names = []
+    for own in dict.fromkeys(["localhost", socket.gethostname(), "127.0.0.1", "::1", host]):
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(own)))
+        except ValueError:  # a name; a certificate takes ASCII
+            names += [x509.DNSName(own)] if own.isascii() and own else []
     signed = (x509.CertificateBuilder().subject_name(name).issuer_name(name)
               .public_key(made.public_key()).serial_number(x509.random_serial_number())
               .not_valid_before(now - datetime.timedelta(days=1))
@@ -1134,12 +1138,11 @@ def check_settings(cfg):
         raise InputError(f"port={cfg.port}: a port is 1..65535, or 0 for any free one")
     if min(cfg.slots, cfg.queue, cfg.slow) < 0 or min(cfg.minutes, cfg.idle, cfg.most_slots) <= 0:
         raise InputError("slots, queue and slow are at least 0; minutes, idle and most_slots more")
+    if not cfg.minutes <= 1e6:  # nan neither
+        raise InputError(f"minutes={cfg.minutes}: must be at most 1000000, two years")
     if cfg.slow and cfg.mode != "echo" or cfg.record and cfg.mode != "talk":
         raise InputError("slow= is for mode=echo, record= for mode=talk")
-    try:
-        Path(cfg.record or ".").mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"record={cfg.record}: no such folder can be made ({e.strerror})") from e
+    make_folder(cfg.record)
 
 
 def main(argv):

@@ -372,6 +372,37 @@ def test_ssl_makes_a_certificate_or_refuses(tmp_path, monkeypatch):
         serve.tls_context(serve.Config(ssl=True, certificate=str(tmp_path / "other")))
 
 
+@pytest.mark.parametrize("host", ["10.0.0", "talk.example", "192.0.2.7", "fe80::1"])
+def test_the_certificate_is_for_the_host_whatever_it_looks_like(tmp_path, host):
+    x509 = pytest.importorskip("cryptography.x509")
+    serve.make_certificate(tmp_path / "cert.pem", tmp_path / "key.pem", host)
+    made = x509.load_pem_x509_certificate((tmp_path / "cert.pem").read_bytes())
+    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert {host, "localhost", "127.0.0.1", "::1"} <= {str(name.value) for name in names}
+
+
+@pytest.mark.parametrize("minutes", [float("inf"), float("nan"), 1e308, 0.0])
+def test_minutes_have_a_limit(minutes):
+    with pytest.raises(serve.InputError, match="minutes"):
+        serve.check_settings(serve.Config(minutes=minutes))
+
+
+def test_a_folder_for_recordings_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(serve.InputError, match="file: no such folder can be made"):
+        serve.check_settings(serve.Config(record=str(tmp_path / "file")))
+
+
+def test_a_token_that_is_not_utf8_is_wrong():
+    async def client(address, server):
+        reader, writer = await asyncio.open_connection("127.0.0.1", address.split(":")[2][:-9])
+        writer.write(b"GET /api/check HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\r\n\r\n")
+        line = await reader.readline()
+        writer.close()
+        return line
+    assert b" 401 " in run(client, token="secret")
+
+
 def test_https_and_a_token(tmp_path):
     import talk
 
