@@ -24,9 +24,9 @@ recording:
 
 Out: OUT/SPLIT-00000-of-0000N.parquet, info.json (codec, encoder, counts, words not found),
 voices.json (voice -> embedding), dropped.jsonl (dialogues that cannot be used, and why; one never
-stops the run). Shards that exist are skipped: the same command resumes a run that was cut off.
-With N ranks (RANK and WORLD_SIZE in the environment) each makes every N-th shard, and rank 0 the
-rest of the files when all shards are there.
+stops the run). Shards that exist are skipped: the same command resumes a run that was cut off, if
+RAW is as it was. With N ranks (RANK and WORLD_SIZE in the environment) each makes every N-th shard,
+and rank 0 the rest of the files when all shards are there.
 """
 import collections
 import contextlib
@@ -582,7 +582,6 @@ def identity(settings, dialogues):
     """What the data set is made of: a folder holds one, and its readers can refuse what does not
     fit."""
     codec = codec_on(settings.codec, settings.device)
-    names = " ".join(f"{split}/{a or b}" for split, items in dialogues.items() for a, b in items)
     same = ("one_embedding_per_voice", "level", "events", "lost_backchannel", "max_frames",
             "shard_size")
     return {
@@ -593,7 +592,20 @@ def identity(settings, dialogues):
         "speaker_size": speaker_encoder(settings.speaker_encoder, settings.device)[1],
         **{key: getattr(settings, key) for key in same},
         "dialogues": {split: len(items) for split, items in dialogues.items()},
-        "raw_fingerprint": hashlib.sha256(names.encode()).hexdigest()[:16]}
+        "raw_fingerprint": raw_fingerprint(dialogues)}
+
+
+def raw_fingerprint(dialogues):
+    """16 hex digits of all names, transcripts and sizes of recordings; of no times of files, which
+    copying changes."""
+    digest = hashlib.sha256()
+    for split, items in dialogues.items():
+        for transcript, recording in items:
+            digest.update(f"\n{split}/{transcript} {recording} ".encode(errors="surrogateescape"))
+            with contextlib.suppress(OSError):  # one that cannot be read is dropped in its turn
+                digest.update(f"{recording.stat().st_size} ".encode() if recording else b"")
+                digest.update(transcript.read_bytes() if transcript else b"")
+    return digest.hexdigest()[:16]
 
 
 def first_samples(dialogues, settings):
@@ -785,6 +797,8 @@ def claim(path, mark, rank=0):
         old = read_json(path, "it should tell what the folder holds")
         differs = [f"{key} was {old.get(key)} and is {mark[key]}"
                    for key in mark if old.get(key) != mark[key]]
+        if any(line.startswith("raw_fingerprint") for line in differs):
+            differs.append("so a transcript or recording in raw= is another")
         if differs:
             raise InputError(f"{path.parent}: holds a data set whose {', '.join(differs)}; give "
                              "another out= or remove it")
