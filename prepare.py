@@ -806,6 +806,22 @@ def claim(path, mark, rank=0):
         write_json(path, mark, indent=1)
 
 
+def device_of(settings, local_rank):
+    """The name of the device that this process is to use. Raises InputError where there is none."""
+    name = settings.device
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"device=cuda: this machine shows {torch.cuda.device_count()} GPUs, "
+                             f"too few for local rank {local_rank}; start as many processes as "
+                             "GPUs, or leave device=cpu")
+        return f"cuda:{local_rank}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:  # no such word; a word without its hardware
+        raise InputError(f"device={name}: cannot be used ({brief(e)}); give cpu or cuda") from e
+    return name
+
+
 def main(argv):
     if argv[:1] == ["rewrite"]:
         return rewrite.main(argv[1:])
@@ -814,12 +830,7 @@ def main(argv):
     place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, world, local_rank, local_world = (
         int(os.environ.get(name, default)) for name, default in place.items())
-    if settings.device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"device=cuda: this machine shows {torch.cuda.device_count()} GPUs, "
-                             f"too few for local rank {local_rank}; start as many processes as "
-                             "GPUs, or leave device=cpu")
-        settings.device = f"cuda:{local_rank}"
+    settings.device = device_of(settings, local_rank)
     out, dialogues = Path(settings.out), find_dialogues(settings)
     info = identity(settings, dialogues)
     claim(out / "info.json", info, rank)

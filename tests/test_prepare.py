@@ -717,6 +717,8 @@ def test_bad_settings_end_with_one_line(tmp_path, make, fails):
                           ("level=nan", "from -60 to 0"), ("max_frames=-1", "max_frames=-1"),
                           ("max_frames=3", "ten seconds"), ("events=all", "must be one of auto"),
                           ("lost_backchannel=keep", "drop, leave_out"),
+                          ("device=gpu", "device=gpu: cannot be used .* give cpu or cuda"),
+                          (f"out={tmp_path}/raw/a.json", "a.json: no such folder can be made"),
                           ("shard_size=0", "at least 1"), ("split=dev", "must be one of train")):
         with pytest.raises(InputError, match=message):
             make(word)
