@@ -19,7 +19,6 @@ import inspect
 import io
 import json
 import math
-import os
 import pickle
 import re
 import tarfile
@@ -1092,14 +1091,11 @@ def write_audio(path, audio, sample_rate):
     if suffix not in AUDIO_SUFFIXES:
         raise InputError(f"{path}: cannot write audio of this kind; end the name in .wav, .flac or "
                          ".mp3")
-    temporary = path.with_name(path.name + ".tmp")
+    audio, kind = audio.detach().cpu().float().numpy().T, "OPUS" if suffix == ".opus" else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(temporary, audio.detach().cpu().float().numpy().T, sample_rate,
-                        format=_SUFFIXES[suffix], subtype="OPUS" if suffix == ".opus" else None)
-        os.replace(temporary, path)
+        write_atomically(path, lambda new: soundfile.write(new, audio, sample_rate, kind,
+                                                           format=_SUFFIXES[suffix]))
     except (soundfile.SoundFileError, OSError) as e:
-        if temporary.is_file():
-            temporary.unlink()
         raise InputError(f"{path}: cannot be written ({brief(e, 120)}); choose another "
                          "place") from e

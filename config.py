@@ -60,8 +60,12 @@ def make_folder(path):
 def write_atomically(path, write):
     """`write(temporary path)`, then rename: the file appears under `path` whole or not at all,
     even if killed."""
-    write(temporary := Path(f"{path}.{os.getpid()}.tmp"))  # two processes may write the same
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # two processes may write the same
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a write that failed
 
 
 def write_json(path, content, indent=None):

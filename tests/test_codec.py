@@ -1,6 +1,7 @@
 """codec.py on tiny random codecs and made-up audio: loading, batches, mistakes, audio files."""
 import gzip
 import io
+import os
 import tarfile
 
 import huggingface_hub
@@ -271,6 +272,15 @@ def test_bad_audio_files(tmp_path):
     problem("slow.wav", "4000 Hz")
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 22050, subtype="FLOAT")
     problem("nan.wav", "not numbers")
+
+
+def test_two_processes_may_write_the_same_audio(tmp_path, monkeypatch):
+    """So the file that is written first has the process's number in its name."""
+    used, write = [], soundfile.write
+    monkeypatch.setattr(soundfile, "write", lambda path, *a, **b: used.append(path.name)
+                        or write(path, *a, **b))
+    write_audio(tmp_path / "a.wav", torch.zeros(1, 10), 22050)
+    assert str(os.getpid()) in used[0] and [p.name for p in tmp_path.iterdir()] == ["a.wav"]
 
 
 def test_bad_places_to_write(tmp_path):
