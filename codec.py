@@ -844,7 +844,8 @@ def load_codec(path):
 
 def fingerprint(path):
     """16 hex digits that tell codecs apart: SHA-256 of the file that `load_codec(path)` opens, or
-    of a folder's weights (a model's too).
+    of a folder's weights (a model's too), and of a hub name's. Raises InputError where a codec's
+    hub name cannot be fetched.
 
     It travels with a data set and the models trained on it, whose codes mean nothing to another
     codec.
@@ -906,14 +907,15 @@ def _load_mimi(source):
 
 
 def _fetch(path):
-    """The path of a codec; of a hub model `nvidia/NAME` that of its NAME.nemo, downloaded or found
-    in the cache."""
+    """The path of a codec; of a hub model `nvidia/NAME` that of its NAME.nemo, of `kyutai/NAME`
+    that of its weights, downloaded or found in the cache."""
     name = str(path)
-    if Path(path).exists() or not name.startswith("nvidia/"):
+    if Path(path).exists() or not name.startswith(("nvidia/", "kyutai/")):
         return Path(path)
+    file = "model.safetensors" if name.startswith("kyutai/") else name.split("/")[-1] + ".nemo"
     try:
         from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(name, name.split("/")[-1] + ".nemo"))
+        return Path(hf_hub_download(name, file))
     except Exception as e:
         # no network, no such model, refused, disk full: all end the same way for the user
         raise InputError(f"codec {name}: {hub_problem(e)}") from e

@@ -11,7 +11,15 @@ import soundfile
 import torch
 import yaml
 
-from codec import FSQ, NanoCodec, fold_weight_norm, load_codec, read_audio, write_audio
+from codec import (
+    FSQ,
+    NanoCodec,
+    fingerprint,
+    fold_weight_norm,
+    load_codec,
+    read_audio,
+    write_audio,
+)
 from config import InputError
 
 TTS = "nemo.collections.tts.modules.audio_codec_modules."
@@ -189,6 +197,22 @@ def test_hub_name_fetches_the_archive(tmp_path, monkeypatch):
                         lambda *names: asked.append(names) or str(path))
     assert load_codec("nvidia/tiny-12.5fps").num_codebooks == 2
     assert asked == [("nvidia/tiny-12.5fps", "tiny-12.5fps.nemo")]
+
+
+def test_a_hub_name_has_the_fingerprint_of_its_copy(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names:
+                        asked.append(names) or str(tmp_path / "model.safetensors"))
+    assert fingerprint("kyutai/mimi") == fingerprint(tmp_path)
+    assert asked == [("kyutai/mimi", "model.safetensors")]
+
+    def offline(*_):
+        raise ConnectionError("no route")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(InputError) as error:
+        fingerprint("kyutai/mimi")
+    one_line(error, "kyutai/mimi", "the hub cannot be reached")
 
 
 # ---- batches
