@@ -1027,7 +1027,7 @@ def read_audio(path, channels=None, sample_rate=22050):
         raise InputError(f"{path}: no such audio file")
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.SoundFileError, OSError) as e:
+    except (soundfile.SoundFileError, OSError, TypeError) as e:  # TypeError: of a .raw
         todo = "give a whole wav, flac, ogg or mp3 file"
         if path.suffix.lower() in UNREADABLE_SUFFIXES:
             todo = "this kind cannot be read; convert it to wav"

@@ -294,6 +294,8 @@ def test_bad_audio_files(tmp_path):
         problem(name, "cannot be read as audio")
     soundfile.write(tmp_path / "slow.wav", np.zeros(100), 4000)
     problem("slow.wav", "4000 Hz")
+    (tmp_path / "old.raw").write_bytes(bytes(1000))
+    problem("old.raw", "convert it to wav")
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 22050, subtype="FLOAT")
     problem("nan.wav", "not numbers")
 
