@@ -456,6 +456,26 @@ def test_talk_saves_an_answer_as_long_as_its_file(tmp_path):
         talk.main([str(tmp_path / "beeps.wav"), "url=ws://127.0.0.1:9/api/chat"])
 
 
+def test_talk_says_what_is_wrong_with_an_address():
+    import talk
+
+    async def client(address, server):
+        for wrong in (address.removesuffix("/api/chat"),
+                      address.replace("ws:", "http:").removesuffix("/api/chat") + "/"):
+            with pytest.raises(serve.InputError, match=f"{wrong}: no .* like ws://localhost:8998/"):
+                await talk.talk(talk.Config(url=wrong), in_frames(beeps()[:FRAME]))
+    run(client)
+
+
+def test_talk_looks_at_the_answers_place_before_it_begins(tmp_path, monkeypatch):
+    import talk
+    monkeypatch.setattr(talk, "talk", lambda *_: pytest.fail("has begun"))
+    (tmp_path / "file").touch()
+    for out, message in (("answer.xyz", "end the name in .wav"), ("file/answer.wav", "no such")):
+        with pytest.raises(serve.InputError, match=message):
+            talk.main([f"out={tmp_path}/{out}"])
+
+
 def test_an_answer_to_the_microphone_is_saved_when_the_server_ends_the_talk(monkeypatch):
     """The close comes while the next frame is awaited."""
     import contextlib
