@@ -332,6 +332,9 @@ def check_settings(cfg):
     if bool(cfg.segments) != bool(cfg.val_segments) or not (cfg.pairs or cfg.segments):
         raise InputError(f"pairs={cfg.pairs}, segments={cfg.segments}, val_segments="
                          f"{cfg.val_segments}: give pairs, or both files, or all")
+    if cfg.method == "raft" and not cfg.pairs:
+        raise InputError("method=raft learns from dialogues of pairs alone; give pairs, or "
+                         "method=reinforce")
     if cfg.control and cfg.updates and cfg.method != "raft":
         raise InputError(f"control={cfg.control}: dialogues by the rule are not the policy's own, "
                          "from which it learns; add updates=0 or method=raft")
