@@ -19,7 +19,6 @@ import inspect
 import io
 import json
 import math
-import os
 import pickle
 import re
 import tarfile
@@ -845,7 +844,8 @@ def load_codec(path):
 
 def fingerprint(path):
     """16 hex digits that tell codecs apart: SHA-256 of the file that `load_codec(path)` opens, or
-    of a folder's weights (a model's too).
+    of a folder's weights (a model's too), and of a hub name's. Raises InputError where a codec's
+    hub name cannot be fetched.
 
     It travels with a data set and the models trained on it, whose codes mean nothing to another
     codec.
@@ -907,14 +907,15 @@ def _load_mimi(source):
 
 
 def _fetch(path):
-    """The path of a codec; of a hub model `nvidia/NAME` that of its NAME.nemo, downloaded or found
-    in the cache."""
+    """The path of a codec; of a hub model `nvidia/NAME` that of its NAME.nemo, of `kyutai/NAME`
+    that of its weights, downloaded or found in the cache."""
     name = str(path)
-    if Path(path).exists() or not name.startswith("nvidia/"):
+    if Path(path).exists() or not name.startswith(("nvidia/", "kyutai/")):
         return Path(path)
+    file = "model.safetensors" if name.startswith("kyutai/") else name.split("/")[-1] + ".nemo"
     try:
         from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(name, name.split("/")[-1] + ".nemo"))
+        return Path(hf_hub_download(name, file))
     except Exception as e:
         # no network, no such model, refused, disk full: all end the same way for the user
         raise InputError(f"codec {name}: {hub_problem(e)}") from e
@@ -1026,7 +1027,7 @@ def read_audio(path, channels=None, sample_rate=22050):
         raise InputError(f"{path}: no such audio file")
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.SoundFileError, OSError) as e:
+    except (soundfile.SoundFileError, OSError, TypeError) as e:  # TypeError: of a .raw
         todo = "give a whole wav, flac, ogg or mp3 file"
         if path.suffix.lower() in UNREADABLE_SUFFIXES:
             todo = "this kind cannot be read; convert it to wav"
@@ -1092,14 +1093,11 @@ def write_audio(path, audio, sample_rate):
     if suffix not in AUDIO_SUFFIXES:
         raise InputError(f"{path}: cannot write audio of this kind; end the name in .wav, .flac or "
                          ".mp3")
-    temporary = path.with_name(path.name + ".tmp")
+    audio, kind = audio.detach().cpu().float().numpy().T, "OPUS" if suffix == ".opus" else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(temporary, audio.detach().cpu().float().numpy().T, sample_rate,
-                        format=_SUFFIXES[suffix], subtype="OPUS" if suffix == ".opus" else None)
-        os.replace(temporary, path)
+        write_atomically(path, lambda new: soundfile.write(new, audio, sample_rate, kind,
+                                                           format=_SUFFIXES[suffix]))
     except (soundfile.SoundFileError, OSError) as e:
-        if temporary.is_file():
-            temporary.unlink()
         raise InputError(f"{path}: cannot be written ({brief(e, 120)}); choose another "
                          "place") from e

@@ -47,11 +47,25 @@ def read_json(path, what):
         raise InputError(f"{path}: not valid JSON ({e}); {what}") from e
 
 
+def make_folder(path):
+    """Makes a folder, and those above it, where they are not there. Raises InputError if it
+    cannot."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: no such folder can be made ({e.strerror}); give another "
+                         "place") from e
+
+
 def write_atomically(path, write):
     """`write(temporary path)`, then rename: the file appears under `path` whole or not at all,
     even if killed."""
-    write(temporary := Path(f"{path}.{os.getpid()}.tmp"))  # two processes may write the same
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # two processes may write the same
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a write that failed
 
 
 def write_json(path, content, indent=None):

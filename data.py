@@ -42,7 +42,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from config import InputError, hub_problem, load_settings, read_json
+from config import InputError, hub_problem, load_settings, make_folder, read_json
 
 # a handful of words at a time: handing them to threads takes longer, on a busy machine much longer
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -775,7 +775,7 @@ def draw_streams(item, tokenizer, fmt, names, begin, path, count=50):
            xticklabels=range(begin, begin + frames, 5),
            xlabel="frame (80 ms each): D delay, · silence pad, u utterance pad, – word pad")
     fig.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     fig.savefig(path, dpi=80)
     plt.close(fig)
 

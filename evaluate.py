@@ -48,6 +48,7 @@ from config import (
     InputError,
     count_cores,
     load_settings,
+    make_folder,
     most_memory,
     over_cores,
     read_json,
@@ -1261,7 +1262,7 @@ def main(argv):
     if not folders:
         raise InputError("no folder of dialogues given; write python evaluate.py DIR [DIR ...], or "
                          "--help")
-    (Path(settings.out) / "cache").mkdir(parents=True, exist_ok=True)
+    make_folder(Path(settings.out) / "cache")
     sets = find_sets(folders, settings)
     if settings.fit_thresholds:
         return print_thresholds(sets, settings)

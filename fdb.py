@@ -22,7 +22,6 @@ latency_intervals.json.
 """
 import functools
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ import numpy as np
 from scipy.spatial.distance import jensenshannon
 
 from codec import read_audio
-from config import InputError, load_settings, read_json, write_json
+from config import InputError, load_settings, make_folder, read_json, write_json
 from evaluate import draw_table, interval, markdown, table, with_bar
 from listen import RATE, recognise, voiced
 
@@ -298,6 +297,7 @@ def main(argv):
         if not (path := Path(sample["folder"], settings.output)).exists():
             raise InputError(f"{path}: is missing; python generate.py --user {folders[0]} makes a "
                              "model's answers")
+    make_folder(settings.out)
     results, named = {}, {}
     for folder, samples in sets.items():
         scores = with_bar(functools.partial(score_sample, settings=settings), samples,
@@ -308,6 +308,5 @@ def main(argv):
     lines = table(rows, {folder: (folder, 3) for folder in folders})
     print(f"\nFull-Duplex-Bench's axes\n{markdown(lines)}\n\nrecogniser: {settings.asr}, the "
           "benchmark's is parakeet; [95 % intervals]")
-    os.makedirs(out, exist_ok=True)
     draw_table(lines, "Full-Duplex-Bench's axes", out / "fdb.png")
     write_json(out / "fdb.json", {"rows": rows, "samples": named}, indent=1)

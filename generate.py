@@ -43,6 +43,7 @@ from codec import (
 from config import (
     InputError,
     load_settings,
+    make_folder,
     read_json,
     use_threads,
     write_atomically,
@@ -1104,7 +1105,7 @@ def main(argv):
         return answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs)
     user = read_user(cfg, codec, fmt, device) if cfg.user else None
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     numbers = range(cfg.first, cfg.first + len(pairs))
     jobs = [(i, pair, out / f"dialogue_{i:04d}") for i, pair in zip(numbers, pairs)]
     # under torchrun every process makes its share

@@ -24,9 +24,9 @@ recording:
 
 Out: OUT/SPLIT-00000-of-0000N.parquet, info.json (codec, encoder, counts, words not found),
 voices.json (voice -> embedding), dropped.jsonl (dialogues that cannot be used, and why; one never
-stops the run). Shards that exist are skipped: the same command resumes a run that was cut off.
-With N ranks (RANK and WORLD_SIZE in the environment) each makes every N-th shard, and rank 0 the
-rest of the files when all shards are there.
+stops the run). Shards that exist are skipped: the same command resumes a run that was cut off, if
+RAW is as it was. With N ranks (RANK and WORLD_SIZE in the environment) each makes every N-th shard,
+and rank 0 the rest of the files when all shards are there.
 """
 import collections
 import contextlib
@@ -62,6 +62,7 @@ from config import (
     brief,
     count_cores,
     load_settings,
+    make_folder,
     over_cores,
     read_json,
     read_text,
@@ -581,7 +582,6 @@ def identity(settings, dialogues):
     """What the data set is made of: a folder holds one, and its readers can refuse what does not
     fit."""
     codec = codec_on(settings.codec, settings.device)
-    names = " ".join(f"{split}/{a or b}" for split, items in dialogues.items() for a, b in items)
     same = ("one_embedding_per_voice", "level", "events", "lost_backchannel", "max_frames",
             "shard_size")
     return {
@@ -592,7 +592,20 @@ def identity(settings, dialogues):
         "speaker_size": speaker_encoder(settings.speaker_encoder, settings.device)[1],
         **{key: getattr(settings, key) for key in same},
         "dialogues": {split: len(items) for split, items in dialogues.items()},
-        "raw_fingerprint": hashlib.sha256(names.encode()).hexdigest()[:16]}
+        "raw_fingerprint": raw_fingerprint(dialogues)}
+
+
+def raw_fingerprint(dialogues):
+    """16 hex digits of all names, transcripts and sizes of recordings; of no times of files, which
+    copying changes."""
+    digest = hashlib.sha256()
+    for split, items in dialogues.items():
+        for transcript, recording in items:
+            digest.update(f"\n{split}/{transcript} {recording} ".encode(errors="surrogateescape"))
+            with contextlib.suppress(OSError):  # one that cannot be read is dropped in its turn
+                digest.update(f"{recording.stat().st_size} ".encode() if recording else b"")
+                digest.update(transcript.read_bytes() if transcript else b"")
+    return digest.hexdigest()[:16]
 
 
 def first_samples(dialogues, settings):
@@ -779,16 +792,34 @@ def check_settings(settings):
 def claim(path, mark, rank=0):
     """Makes the folder of the JSON file `path`, in which rank 0 writes down what the data set in it
     is (`mark`, a dict). Raises InputError if the folder holds another one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if path.exists():
         old = read_json(path, "it should tell what the folder holds")
         differs = [f"{key} was {old.get(key)} and is {mark[key]}"
                    for key in mark if old.get(key) != mark[key]]
+        if any(line.startswith("raw_fingerprint") for line in differs):
+            differs.append("so a transcript or recording in raw= is another")
         if differs:
             raise InputError(f"{path.parent}: holds a data set whose {', '.join(differs)}; give "
                              "another out= or remove it")
     elif rank == 0:
         write_json(path, mark, indent=1)
+
+
+def device_of(settings, local_rank):
+    """The name of the device that this process is to use. Raises InputError where there is none."""
+    name = settings.device
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"device=cuda: this machine shows {torch.cuda.device_count()} GPUs, "
+                             f"too few for local rank {local_rank}; start as many processes as "
+                             "GPUs, or leave device=cpu")
+        return f"cuda:{local_rank}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:  # no such word; a word without its hardware
+        raise InputError(f"device={name}: cannot be used ({brief(e)}); give cpu or cuda") from e
+    return name
 
 
 def main(argv):
@@ -799,12 +830,7 @@ def main(argv):
     place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, world, local_rank, local_world = (
         int(os.environ.get(name, default)) for name, default in place.items())
-    if settings.device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"device=cuda: this machine shows {torch.cuda.device_count()} GPUs, "
-                             f"too few for local rank {local_rank}; start as many processes as "
-                             "GPUs, or leave device=cpu")
-        settings.device = f"cuda:{local_rank}"
+    settings.device = device_of(settings, local_rank)
     out, dialogues = Path(settings.out), find_dialogues(settings)
     info = identity(settings, dialogues)
     claim(out / "info.json", info, rank)

@@ -42,7 +42,14 @@ import torch
 import torch.distributed as dist
 
 import train
-from config import InputError, load_settings, use_threads, write_atomically, write_csv
+from config import (
+    InputError,
+    load_settings,
+    make_folder,
+    use_threads,
+    write_atomically,
+    write_csv,
+)
 from data import SILENCE_PAD, load_dialogues
 from generate import Sampler
 from model import load_checkpoint, save_checkpoint
@@ -325,6 +332,9 @@ def check_settings(cfg):
     if bool(cfg.segments) != bool(cfg.val_segments) or not (cfg.pairs or cfg.segments):
         raise InputError(f"pairs={cfg.pairs}, segments={cfg.segments}, val_segments="
                          f"{cfg.val_segments}: give pairs, or both files, or all")
+    if cfg.method == "raft" and not cfg.pairs:
+        raise InputError("method=raft learns from dialogues of pairs alone; give pairs, or "
+                         "method=reinforce")
     if cfg.control and cfg.updates and cfg.method != "raft":
         raise InputError(f"control={cfg.control}: dialogues by the rule are not the policy's own, "
                          "from which it learns; add updates=0 or method=raft")
@@ -373,7 +383,7 @@ def take_up(run):
 
 def main(argv):
     run = setup(load_settings(Config, argv))
-    Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
+    make_folder(run.cfg.out)
     loop(run)
     if run.world > 1:
         train.end(0)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from config import InputError, brief, load_settings, read_text, write_atomically
+from config import InputError, brief, load_settings, make_folder, read_text, write_atomically
 
 # The prompt of the paper's figure 3. That of its goals is not printed: appendix B.1 only says that
 # there was one.
@@ -296,7 +296,7 @@ def main(argv):
     if not wanted or out.resolve() == data.resolve():
         raise InputError(f"data={data}, out={out}: give the folder that holds a data set's "
                          "SPLIT-*.parquet, and another one")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     asked = {key: value for key, value in asdict(settings).items() if key not in ("out", "batch")}
     results, journal = open_journal(out / "rewritten.jsonl", asked)
     done = {(r["name"], r["other"], r["narrative"]): r for r in results}

@@ -20,6 +20,7 @@ what is still to be answered is, for up to 8 s.
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import hmac
@@ -43,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import scipy.signal
 
-from config import InputError, load_settings, read_json
+from config import InputError, brief, load_settings, make_folder, read_json
 from ogg import FRAME, FRAME_SECONDS, RATE, OggReader, OggWriter, OpusDecoder, OpusEncoder
 
 try:
@@ -331,9 +332,19 @@ class Seat:
         self.stream, self.frames = talk.sound.stream(), 0  # how many it has heard
         self.down, self.up = Resampler(RATE, codec.sample_rate), Resampler(codec.sample_rate, RATE)
         self.words, self.text = Words(talk.tokenizer), collections.deque()
-        self.recording = None
+        self.recording, self.folder = None, talk.cfg.record
         if talk.cfg.record and session.recorded:
-            self.recording = Recording(talk, session.wishes)
+            with self.sparing():
+                self.recording = Recording(talk, session.wishes)
+
+    @contextlib.contextmanager
+    def sparing(self):
+        """Around a step of the recording: a fault (a full disk) costs it alone, not the talk."""
+        try:
+            yield
+        except (OSError, concurrent.futures.BrokenExecutor) as e:
+            tell_lost(self.recording.stem if self.recording else self.folder, e)
+            self.recording = None
 
 
 class Sound:
@@ -451,6 +462,15 @@ class Talk:
         spawn = multiprocessing.get_context("spawn")  # after torch has run threads, a fork may hang
         return concurrent.futures.ProcessPoolExecutor(1, spawn, initializer=ignore_signals)
 
+    def write_out(self, job):
+        """Gives the writing process a job of write_recording; to a new one, if it was killed."""
+        try:
+            written = self.writer.submit(write_recording, job)
+        except concurrent.futures.BrokenExecutor:
+            del self.writer
+            written = self.writer.submit(write_recording, job)
+        written.add_done_callback(lambda done: tell_lost(job["stem"], done.exception()))
+
     def check(self, wishes):
         """Raises BadParameter for a prompt that is too long for a row."""
         tokens = len(self.loop_tokenizer.encode(self.prompt(wishes), add_special_tokens=False))
@@ -499,7 +519,8 @@ class Talk:
         self.rows[row] = self.rows[-1]
         self.rows.pop()
         if seat.recording:
-            seat.recording.finish()
+            with seat.sparing():
+                seat.recording.finish()
 
     def grow_old(self):
         """As Echo.grow_old: a frame costs most when the ring of past frames is full."""
@@ -526,7 +547,8 @@ class Talk:
             number = seat.text.popleft()  # what belongs to the sound of now
             words.append(seat.words.read(number))
             if seat.recording:
-                seat.recording.add(samples, voice, user[row], said[row], number)
+                with seat.sparing():
+                    seat.recording.add(samples, voice, user[row], said[row], number)
         return [seat.up(voice) for seat, voice in zip(seats, voices)], words
 
 
@@ -569,7 +591,14 @@ class Recording:
                "embedding": self.talk.embeddings[self.wishes["voice"]],
                "encoder": self.talk.encoder, "said": self.said,
                "heard": self.heard[late:] + silence}
-        self.talk.writer.submit(write_recording, job)
+        self.talk.write_out(job)
+
+
+def tell_lost(stem, error):
+    """Prints that a recording, or one in this folder, is not written; nothing without an error."""
+    if error:
+        print(f"{stem}: a recording is not written ({brief(error)}); .pcm.tmp holds the sound that "
+              "there is", flush=True)
 
 
 def ignore_signals():
@@ -661,7 +690,7 @@ class Session:
         self.early = []  # frames that came while there was no slot
         self.has_slot = False
         self.frames_in = self.frames_out = self.rubbish = 0
-        self.last_audio = time.monotonic()
+        self.last_audio, self.timer = time.monotonic(), None
         self.out, self.ended, self.drained = asyncio.Queue(), "", asyncio.Event()
 
     async def run(self):
@@ -669,6 +698,8 @@ class Session:
         sender = asyncio.create_task(self.send_all())
         try:
             code = await self.listen()
+            if self.timer:
+                self.timer.cancel()
             if code == WSCloseCode.OK and self.has_slot and not self.ended:
                 await self.drain()
         finally:
@@ -683,18 +714,21 @@ class Session:
     async def listen(self):
         """Takes messages until the close, whose code it returns."""
         while True:
-            left = self.last_audio + self.server.cfg.idle - time.monotonic()
-            try:
-                message = await self.ws.receive(max(left, 0.01) if self.has_slot else None)
-            except asyncio.TimeoutError:
-                self.end(f"no audio came for {self.server.cfg.idle:g} s", "idle")
-                self.last_audio = float("inf")
-                continue
+            message = await self.ws.receive()
             if message.type is WSMsgType.BINARY and not self.ended:
                 self.hear(message.data)
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSED, WSMsgType.CLOSING,
                                   WSMsgType.ERROR):
                 return self.ws.close_code
+
+    def watch(self):
+        """Ends it `idle` seconds after its last audio. A timer, since every pong would start a time
+        limit of `receive` anew."""
+        left = self.last_audio + self.server.cfg.idle - time.monotonic()
+        if left > 0:
+            self.timer = asyncio.get_running_loop().call_later(left, self.watch)
+        else:
+            self.end(f"no audio came for {self.server.cfg.idle:g} s", "idle")
 
     async def drain(self):
         """Waits until all frames are answered."""
@@ -770,6 +804,7 @@ class Session:
         for event in self.early:
             self.server.batch.events.put(event)
         self.early = []
+        self.watch()
 
     def answer(self, said, words):
         """One frame of the answer: said (1920,) in [-1, 1]; words: its (mark, text)."""
@@ -953,7 +988,8 @@ class Server:
             return problem(403, f"pages of {origin} may not connect", "Origin")
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         given = request.query.get("token", given)
-        if self.cfg.token and not hmac.compare_digest(given.encode(), self.cfg.token.encode()):
+        given, token = (text.encode(errors="surrogateescape") for text in (given, self.cfg.token))
+        if token and not hmac.compare_digest(given, token):
             return problem(401, "the token is missing or wrong", "token")
         for name in request.query:
             if len(request.query.getall(name)) > 1:
@@ -1071,9 +1107,12 @@ def make_certificate(cert, key, host):
     made = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "nanoFActor")])
     now = datetime.datetime.now(datetime.timezone.utc)
-    names = [x509.DNSName("localhost"), x509.DNSName(socket.gethostname())]
-    addresses = {"127.0.0.1", "::1", host if host.replace(".", "").isdigit() else "127.0.0.1"}
-    names += [x509.IPAddress(ipaddress.ip_address(address)) for address in sorted(addresses)]
+    names = []
+    for own in dict.fromkeys(["localhost", socket.gethostname(), "127.0.0.1", "::1", host]):
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(own)))
+        except ValueError:  # a name; a certificate takes ASCII
+            names += [x509.DNSName(own)] if own.isascii() and own else []
     signed = (x509.CertificateBuilder().subject_name(name).issuer_name(name)
               .public_key(made.public_key()).serial_number(x509.random_serial_number())
               .not_valid_before(now - datetime.timedelta(days=1))
@@ -1099,12 +1138,11 @@ def check_settings(cfg):
         raise InputError(f"port={cfg.port}: a port is 1..65535, or 0 for any free one")
     if min(cfg.slots, cfg.queue, cfg.slow) < 0 or min(cfg.minutes, cfg.idle, cfg.most_slots) <= 0:
         raise InputError("slots, queue and slow are at least 0; minutes, idle and most_slots more")
+    if not cfg.minutes <= 1e6:  # nan neither
+        raise InputError(f"minutes={cfg.minutes}: must be at most 1000000, two years")
     if cfg.slow and cfg.mode != "echo" or cfg.record and cfg.mode != "talk":
         raise InputError("slow= is for mode=echo, record= for mode=talk")
-    try:
-        Path(cfg.record or ".").mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"record={cfg.record}: no such folder can be made ({e.strerror})") from e
+    make_folder(cfg.record)
 
 
 def main(argv):

@@ -9,6 +9,7 @@ frame k + 1. `stereo=true` writes the recording beside it. Words are printed as 
 """
 import asyncio
 import functools
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from codec import read_audio, write_audio
-from config import InputError, load_settings
+from codec import AUDIO_SUFFIXES, read_audio, write_audio
+from config import InputError, load_settings, make_folder
 from ogg import FRAME, FRAME_SECONDS, RATE, OggReader, OggWriter, OpusDecoder, OpusEncoder
 
 try:
@@ -121,7 +122,7 @@ async def send_recording(ws, frames, answer, pace):
 
 
 async def send_microphone(ws, sound, frames):
-    """The microphone's frames, which are kept in `frames`, until Ctrl-C."""
+    """The microphone's frames, which are kept in `frames`, until Ctrl-C or the server's close."""
     encoder, writer = OpusEncoder(), OggWriter()
     heard, loop = asyncio.Queue(), asyncio.get_running_loop()
 
@@ -132,6 +133,8 @@ async def send_microphone(ws, sound, frames):
             while not ws.closed:
                 frames.append(await heard.get())
                 await ws.send_bytes(bytes([OGG]) + writer.write(encoder.encode(frames[-1])))
+    except ConnectionError:  # the server has ended it; `listen` says why
+        pass
     except asyncio.CancelledError:  # Ctrl-C: what was said so far is saved
         asyncio.current_task().uncancel()
 
@@ -151,7 +154,12 @@ async def talk(cfg, frames):
         url = f"{cfg.url}?{query}"
         check = not cfg.insecure
         await explain_refusal(http, url, check)
-        async with http.ws_connect(url, ssl=check, max_msg_size=0) as ws:
+        try:
+            ws = await http.ws_connect(url, ssl=check, max_msg_size=0)
+        except aiohttp.WSServerHandshakeError as e:
+            raise InputError(f"{cfg.url}: no conversation begins there (status {e.status}); give "
+                             f"the whole address, like {Config.url}") from e
+        async with ws:
             show = functools.partial(print, end="", flush=True)
             listening = asyncio.create_task(answer.listen(ws, play, show))
             if sound:
@@ -169,7 +177,7 @@ async def talk(cfg, frames):
 async def explain_refusal(http, url, check):
     """Raises InputError with what the server has against the query; nothing if it has nothing, or
     is not one of ours."""
-    asked, error = url.replace("ws", "http", 1).replace("/api/chat", "/api/check"), None
+    asked, error = re.sub("^ws", "http", url).replace("/api/chat", "/api/check"), None
     try:
         async with http.get(asked, ssl=check) as response:
             if response.status in (400, 401, 403, 503):
@@ -196,6 +204,10 @@ def main(argv):
     cfg = load_settings(Config, argv, files)
     if len(files) > 1:
         raise InputError(f"one recording at a time, not {len(files)}")
+    if Path(cfg.out).suffix.lower() not in AUDIO_SUFFIXES:  # now, not after the talk
+        raise InputError(f"out={cfg.out}: cannot write audio of this kind; end the name in .wav or "
+                         ".flac")
+    make_folder(Path(cfg.out).parent)
     frames, size = None, None
     if files:
         audio = read_audio(files[0], sample_rate=RATE).mean(0).numpy()  # (samples,)

@@ -34,6 +34,7 @@ from config import (
     hub_problem,
     keep_memory,
     load_settings,
+    make_folder,
     use_threads,
     write_atomically,
     write_csv,
@@ -787,7 +788,7 @@ def run_script(main, name):
 
 def main(argv):
     run = setup(load_settings(Config, argv))
-    Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
+    make_folder(run.cfg.out)
     describe(run)
     if run.cfg.resume:
         resume(run)

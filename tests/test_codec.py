@@ -1,6 +1,7 @@
 """codec.py on tiny random codecs and made-up audio: loading, batches, mistakes, audio files."""
 import gzip
 import io
+import os
 import tarfile
 
 import huggingface_hub
@@ -10,7 +11,15 @@ import soundfile
 import torch
 import yaml
 
-from codec import FSQ, NanoCodec, fold_weight_norm, load_codec, read_audio, write_audio
+from codec import (
+    FSQ,
+    NanoCodec,
+    fingerprint,
+    fold_weight_norm,
+    load_codec,
+    read_audio,
+    write_audio,
+)
 from config import InputError
 
 TTS = "nemo.collections.tts.modules.audio_codec_modules."
@@ -190,6 +199,22 @@ def test_hub_name_fetches_the_archive(tmp_path, monkeypatch):
     assert asked == [("nvidia/tiny-12.5fps", "tiny-12.5fps.nemo")]
 
 
+def test_a_hub_name_has_the_fingerprint_of_its_copy(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names:
+                        asked.append(names) or str(tmp_path / "model.safetensors"))
+    assert fingerprint("kyutai/mimi") == fingerprint(tmp_path)
+    assert asked == [("kyutai/mimi", "model.safetensors")]
+
+    def offline(*_):
+        raise ConnectionError("no route")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(InputError) as error:
+        fingerprint("kyutai/mimi")
+    one_line(error, "kyutai/mimi", "the hub cannot be reached")
+
+
 # ---- batches
 
 
@@ -269,8 +294,19 @@ def test_bad_audio_files(tmp_path):
         problem(name, "cannot be read as audio")
     soundfile.write(tmp_path / "slow.wav", np.zeros(100), 4000)
     problem("slow.wav", "4000 Hz")
+    (tmp_path / "old.raw").write_bytes(bytes(1000))
+    problem("old.raw", "convert it to wav")
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 22050, subtype="FLOAT")
     problem("nan.wav", "not numbers")
+
+
+def test_two_processes_may_write_the_same_audio(tmp_path, monkeypatch):
+    """So the file that is written first has the process's number in its name."""
+    used, write = [], soundfile.write
+    monkeypatch.setattr(soundfile, "write", lambda path, *a, **b: used.append(path.name)
+                        or write(path, *a, **b))
+    write_audio(tmp_path / "a.wav", torch.zeros(1, 10), 22050)
+    assert str(os.getpid()) in used[0] and [p.name for p in tmp_path.iterdir()] == ["a.wav"]
 
 
 def test_bad_places_to_write(tmp_path):

@@ -570,6 +570,24 @@ def test_resumes_and_refuses_another_make(tmp_path, make, monkeypatch):
         make("shard_size=1")
 
 
+def test_a_corrected_transcript_or_recording_is_seen(tmp_path, make):
+    """A copy of the same is no other one, whatever the times of its files."""
+    for name in "ab":
+        put(tmp_path / "raw", name)
+    make()
+    put(tmp_path / "raw", "a")
+    os.utime(tmp_path / "raw" / "b.ogg", (0, 0))
+    make()
+    put(tmp_path / "raw", "a", lambda info: info.update(narrative="Another one."))
+    with pytest.raises(InputError, match="raw_fingerprint was .* recording in raw= is another; gi"):
+        make()
+    put(tmp_path / "raw", "a")
+    make()
+    write_audio(tmp_path / "raw" / "b.ogg", torch.from_numpy(sound()[:, :-RATE]), RATE)
+    with pytest.raises(InputError, match="recording in raw= is another"):
+        make()
+
+
 def test_two_ranks_make_what_one_makes(tmp_path, make, monkeypatch, capsys):
     for name in ("0001/a", "0001/b", "0002/a"):  # deeper folders, as Behavior-SD's tars unpack
         put((tmp_path / "raw" / "train" / name).parent, name[-1])
@@ -699,6 +717,8 @@ def test_bad_settings_end_with_one_line(tmp_path, make, fails):
                           ("level=nan", "from -60 to 0"), ("max_frames=-1", "max_frames=-1"),
                           ("max_frames=3", "ten seconds"), ("events=all", "must be one of auto"),
                           ("lost_backchannel=keep", "drop, leave_out"),
+                          ("device=gpu", "device=gpu: cannot be used .* give cpu or cuda"),
+                          (f"out={tmp_path}/raw/a.json", "a.json: no such folder can be made"),
                           ("shard_size=0", "at least 1"), ("split=dev", "must be one of train")):
         with pytest.raises(InputError, match=message):
             make(word)

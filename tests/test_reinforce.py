@@ -342,7 +342,8 @@ def test_what_is_wrong_is_one_line(folder, start, tmp_path):
     for words, message in (
             (["group=1"], "at least 2"), (["policy=words"], "classes or tokens"),
             (["axes=turn pauses"], "known are pause"), (["axes="], "known are"),
-            (["control=1"], "updates=0"), (["frames=400"], "max_frames"), (["resume=true"], "no "),
+            (["control=1"], "updates=0"), (["method=raft", "pairs=0"], "raft learns from"),
+            (["frames=400"], "max_frames"), (["resume=true"], "no "),
             (["val_segments="], "both files"),
             ([f"segments={folder}/validation.json"], "is of split validation")):
         with pytest.raises(InputError, match=message):

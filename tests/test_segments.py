@@ -85,5 +85,7 @@ def test_command(tmp_path, capsys):
     assert result["split"] == "train" and set(FIND) >= {s["axis"] for s in result["segments"]}
     with pytest.raises(InputError, match="no segment of any kind"):
         main([f"data={tmp_path}", f"out={tmp_path}/s.json", "pause_in=9"])
+    with pytest.raises(InputError, match="s.json: no such folder can be made .* another place"):
+        main([f"data={tmp_path}", f"out={tmp_path}/s.json/t.json"])
     with pytest.raises(InputError, match="shorter than what separates"):
         main([f"data={tmp_path}", "pause=1"])

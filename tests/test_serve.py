@@ -4,6 +4,7 @@ import itertools
 import json
 import struct
 import sys
+from concurrent.futures import BrokenExecutor, Future
 
 import numpy as np
 import pytest
@@ -338,6 +339,17 @@ def test_a_silent_client_loses_its_slot():
     assert b"no audio" in received[-1] and left == 0
 
 
+def test_a_silent_client_loses_its_slot_though_it_answers_pings(monkeypatch):
+    """So does one that had to wait for its slot."""
+    monkeypatch.setattr(serve, "HEARTBEAT", 0.1)
+
+    async def client(address, server):
+        async with connect(address) as first, connect(address) as second:
+            assert await first.recv() == b"\x00" and server.queue
+            return [(await asyncio.wait_for(everything(ws), 10))[-1] for ws in (first, second)]
+    assert all(b"no audio came for 0.5 s" in last for last in run(client, idle=0.5, slots=1))
+
+
 def test_pages_of_other_sites_may_not_connect():
     async def client(address, server):
         http = address.replace("ws:", "http:").replace("chat", "check")
@@ -358,6 +370,37 @@ def test_ssl_makes_a_certificate_or_refuses(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(serve.InputError, match="pip install cryptography"):
         serve.tls_context(serve.Config(ssl=True, certificate=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("host", ["10.0.0", "talk.example", "192.0.2.7", "fe80::1"])
+def test_the_certificate_is_for_the_host_whatever_it_looks_like(tmp_path, host):
+    x509 = pytest.importorskip("cryptography.x509")
+    serve.make_certificate(tmp_path / "cert.pem", tmp_path / "key.pem", host)
+    made = x509.load_pem_x509_certificate((tmp_path / "cert.pem").read_bytes())
+    names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert {host, "localhost", "127.0.0.1", "::1"} <= {str(name.value) for name in names}
+
+
+@pytest.mark.parametrize("minutes", [float("inf"), float("nan"), 1e308, 0.0])
+def test_minutes_have_a_limit(minutes):
+    with pytest.raises(serve.InputError, match="minutes"):
+        serve.check_settings(serve.Config(minutes=minutes))
+
+
+def test_a_folder_for_recordings_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(serve.InputError, match="file: no such folder can be made"):
+        serve.check_settings(serve.Config(record=str(tmp_path / "file")))
+
+
+def test_a_token_that_is_not_utf8_is_wrong():
+    async def client(address, server):
+        reader, writer = await asyncio.open_connection("127.0.0.1", address.split(":")[2][:-9])
+        writer.write(b"GET /api/check HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\r\n\r\n")
+        line = await reader.readline()
+        writer.close()
+        return line
+    assert b" 401 " in run(client, token="secret")
 
 
 def test_https_and_a_token(tmp_path):
@@ -411,6 +454,61 @@ def test_talk_saves_an_answer_as_long_as_its_file(tmp_path):
     assert abs(lag(run(client), audio) - 92.9) < 0.2
     with pytest.raises(serve.InputError, match="cannot be reached"):
         talk.main([str(tmp_path / "beeps.wav"), "url=ws://127.0.0.1:9/api/chat"])
+
+
+def test_talk_says_what_is_wrong_with_an_address():
+    import talk
+
+    async def client(address, server):
+        for wrong in (address.removesuffix("/api/chat"),
+                      address.replace("ws:", "http:").removesuffix("/api/chat") + "/"):
+            with pytest.raises(serve.InputError, match=f"{wrong}: no .* like ws://localhost:8998/"):
+                await talk.talk(talk.Config(url=wrong), in_frames(beeps()[:FRAME]))
+    run(client)
+
+
+def test_talk_looks_at_the_answers_place_before_it_begins(tmp_path, monkeypatch):
+    import talk
+    monkeypatch.setattr(talk, "talk", lambda *_: pytest.fail("has begun"))
+    (tmp_path / "file").touch()
+    for out, message in (("answer.xyz", "end the name in .wav"), ("file/answer.wav", "no such")):
+        with pytest.raises(serve.InputError, match=message):
+            talk.main([f"out={tmp_path}/{out}"])
+
+
+def test_an_answer_to_the_microphone_is_saved_when_the_server_ends_the_talk(monkeypatch):
+    """The close comes while the next frame is awaited."""
+    import contextlib
+    import types
+
+    import talk
+    ended = []
+
+    class Input(contextlib.nullcontext):
+        def __init__(self, *_, callback, **__):
+            super().__init__()
+            asyncio.create_task(self.speak(callback))
+
+        async def speak(self, callback):
+            for _ in range(5):
+                callback(np.zeros((FRAME, 1), np.float32))
+            while not (ended and ended[0].closed):
+                await asyncio.sleep(0.01)
+            callback(np.zeros((FRAME, 1), np.float32))  # of the frame that was awaited
+
+    class Answer(talk.Answer):
+        async def listen(self, ws, *more):
+            ended.append(ws)
+            await super().listen(ws, *more)
+    player = types.SimpleNamespace(start=lambda: None, write=lambda frame: None)
+    monkeypatch.setattr(talk, "Answer", Answer)
+    monkeypatch.setattr(talk, "open_sound", lambda: types.SimpleNamespace(
+        InputStream=Input, OutputStream=lambda *_, **__: player))
+
+    async def client(address, server):
+        return await talk.talk(talk.Config(url=address), None)
+    said, answer = run(client, minutes=5 * 0.08 / 60)
+    assert len(answer.frames) == 5 and len(said) == 6 and "limit" in answer.problem
 
 
 # ---- with a model ----
@@ -488,7 +586,10 @@ def test_wishes_reach_the_model(talk_settings):
 
 def test_a_conversation_is_recorded_as_generate_writes_it(talk_settings, tmp_path, monkeypatch):
     class AtOnce:
-        submit = staticmethod(lambda function, job: function(job))
+        def submit(function, job):
+            done = Future()
+            done.set_result(function(job))
+            return done
     talk = serve.Talk(serve.Config(**talk_settings, record=str(tmp_path)))
     monkeypatch.setattr(serve.Talk, "writer", AtOnce)
     guest = serve.Guest(serve.read_wishes({"seed": "1", "name": "Ada"}, talk.voices))
@@ -507,6 +608,38 @@ def test_a_conversation_is_recorded_as_generate_writes_it(talk_settings, tmp_pat
     assert [np.shape(codes) for codes in record["codes"]] == [(4, 7), (4, 7)]
     assert record["speakers"][0]["name"] == "Ada" and stem.with_suffix(".png").exists()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("fault", ["open", "disk", "killed", "writing"])
+def test_a_recording_that_fails_costs_nobody_the_talk(talk_settings, tmp_path, monkeypatch, capsys,
+                                                      fault):
+    class Broken:
+        def submit(function, job):
+            raise BrokenExecutor("killed")
+
+    class Other:
+        def submit(function, job):
+            done.append(Future())
+            done[-1].set_exception(MemoryError("no room")) if fault == "writing" else None
+            return done[-1]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    talk, done = serve.Talk(serve.Config(**talk_settings, record=str(tmp_path / "out"))), []
+    if fault != "open":  # else there is no such folder
+        (tmp_path / "out").mkdir()
+    if fault == "disk":
+        monkeypatch.setattr(serve.Recording, "write", full)
+    monkeypatch.setattr(serve.concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: Other)
+    if fault == "killed":
+        talk.writer = Broken
+    guest = serve.Guest(serve.read_wishes({"seed": "1"}, talk.voices))
+    guest.recorded = True
+    said = [talk.tick([guest], np.zeros((1, FRAME), np.float32))[0] for _ in range(3)]
+    talk.leave(guest)
+    told = capsys.readouterr().out
+    assert len(said) == 3 and not talk.seats and len(done) == (fault in ("killed", "writing"))
+    assert told.count("is not written") == (fault != "killed")
 
 
 def test_resampling_piece_by_piece_is_resampling():

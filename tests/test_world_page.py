@@ -1,6 +1,7 @@
 """The page to listen to, made of the golden dialogues by a random model."""
 import json
 import re
+import shutil
 
 import pytest
 import soundfile
@@ -56,6 +57,27 @@ def test_the_page_holds_every_dialogue(parts, monkeypatch, capsys):
     page.main([*words, "make=false"])
     assert (folder / "docs" / "index.html").read_text() == text
     assert len(before) == 8 and "8 dialogues" in capsys.readouterr().out
+
+
+def test_what_was_made_before_is_not_shown(parts, tmp_path, monkeypatch):
+    """Neither dialogues beyond n, nor, where the model ends one at once, another model's."""
+    folder, words = parts
+    monkeypatch.setattr(generate, "draw_timeline", lambda *_: None)
+    words = [*words, f"dialogues={tmp_path}/made", f"out={tmp_path}/docs", "max_frames=6"]
+    made, audio = tmp_path / "made" / "test", tmp_path / "docs" / "audio"
+    page.main(words)
+    for kind in ("json", "wav"):
+        shutil.copy(made / f"dialogue_0001.{kind}", made / f"dialogue_0003.{kind}")
+    for name in ("music", "test_0003"):  # one is not of the page
+        (audio / f"{name}.ogg").touch()
+    page.main([*words, "make=false"])
+    names = sorted(path.stem for path in audio.iterdir())
+    assert names[4:] == ["music", "test_0000", "test_0001", "voices_0002", "voices_0003"]
+    save = generate.save_dialogue
+    monkeypatch.setattr(generate, "save_dialogue", lambda stem, *parts: (
+        save(stem, *parts) if stem != made / "dialogue_0000" else None))
+    page.main(words)
+    assert [path.name for path in made.glob("*.json")] == ["dialogue_0001.json"]
 
 
 def test_a_dialogue_shows_what_was_asked_and_made(parts):

@@ -19,7 +19,14 @@ from pathlib import Path
 import evaluate
 import generate
 import train
-from config import InputError, load_settings, read_text, write_atomically, write_json
+from config import (
+    InputError,
+    load_settings,
+    make_folder,
+    read_text,
+    write_atomically,
+    write_json,
+)
 from data import made_with
 
 BASE = "word 2"  # the recipe as it is: by word, two frames ahead, loss s, marks that count down
@@ -144,7 +151,7 @@ def claim(settings, data):
         if differs := [key for key, value in mark.items() if before.get(key) != value]:
             raise InputError(f"{settings.out}: holds rows with another {', '.join(differs)}; give "
                              "another out=")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, mark, indent=1)
 
 

@@ -25,7 +25,7 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from codec import fingerprint, load_codec
-from config import InputError, over_cores, write_atomically
+from config import InputError, make_folder, over_cores, write_atomically
 from listen import to_16k
 from prepare import PrepareSettings, embed
 
@@ -279,11 +279,11 @@ def synthesise(sentences, folder, workers=0):
     folder = Path(folder)
     for name, patch in (("piper", patch_piper), ("kokoro", patch_kokoro)):
         path = folder / ".networks" / f"{name}.onnx"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if not path.exists():
             patch(path)
     for voice in VOICES:
-        (folder / voice).mkdir(exist_ok=True)
+        make_folder(folder / voice)
     order = sorted(sentences, key=lambda text: hashlib.sha256(text.encode()).digest())  # mixed
     items = [(text, voice) for text in order for voice in VOICES]
     todo = [item for item in items if not _paths(folder, *item)[1].exists()]
@@ -372,7 +372,7 @@ def save_codes(path, clips, codes, silence, embeddings, info):
                "frames": torch.tensor([coded.shape[1] for coded in codes]),
                "times": torch.tensor(times, dtype=torch.int32),
                "embeddings": torch.tensor(list(embeddings.values()))}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     write_atomically(path, lambda new: save_file(tensors, new, {"bank": json.dumps(marks)}))
     size = Path(path).stat().st_size / 1e6
     print(f"{path}: {len(clips)} clips, {tensors['codes'].shape[1]} frames, {size:.1f} MB")

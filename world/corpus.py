@@ -32,7 +32,15 @@ import yaml
 from tqdm import tqdm
 
 from codec import load_codec
-from config import InputError, load_settings, over_cores, read_text, write_atomically, write_json
+from config import (
+    InputError,
+    load_settings,
+    make_folder,
+    over_cores,
+    read_text,
+    write_atomically,
+    write_json,
+)
 from prepare import COLUMNS, SPLITS, claim, summarise, write_shard
 from turns import count_events, label_segments, merge_words
 from world import bank
@@ -604,7 +612,7 @@ def write_recordings(settings, count, mark):
                                                                        settings.topics)))
     claim(out / "corpus.json", mark)
     for split in SPLITS:
-        (out / split).mkdir(exist_ok=True)
+        make_folder(out / split)
     todo = [i for i in range(count) if not (out / split_of(i) / f"{i:06d}.json").exists()]
     done = over_cores(functools.partial(record_dialogue, settings=settings), todo, settings.workers)
     seconds = sum(tqdm(done, total=count, initial=count - len(todo), unit="dialogue"))

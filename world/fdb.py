@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from codec import load_codec, resample, write_audio
-from config import InputError, load_settings, write_json
+from config import InputError, load_settings, make_folder, write_json
 from data import FRAME_RATE, load_dialogues
 from fdb import histogram
 from prepare import claim
@@ -171,7 +171,7 @@ def write_sample(segment, number, dialogue, parts, settings):
 
 
 def write_files(folder, sounds, files):
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, audio in sounds.items():
         if audio is not None:
             write_audio(folder / name, audio[None], RATE)

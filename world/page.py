@@ -9,6 +9,7 @@ test set's recording. The page loads nothing from elsewhere and needs no server.
 """
 import functools
 import html
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 
 import generate
 from codec import load_codec, read_audio, write_audio
-from config import InputError, load_settings, read_text, write_atomically
+from config import InputError, load_settings, make_folder, read_text, write_atomically
 from data import load_dialogues, mark_kind, segments
 from turns import count_events, label_segments, merge_words
 from world import corpus
@@ -68,8 +69,16 @@ def with_all_voices(rows, first):
     return chosen
 
 
+def numbers_of(settings, rows):
+    """{section: numbers of its dialogues}: all that the page shows."""
+    answer = next((i for i in range(settings.n, len(rows)) if seen(rows[i])), settings.n)
+    return {"test": range(settings.n), "voices": with_all_voices(rows, settings.n),
+            "answer": [answer], **{f"counts_{count}": [0] for count in COUNTS}}
+
+
 def make_dialogues(settings):
-    """Everything that the page shows, by generate.main, in one folder a section."""
+    """Everything that the page shows, by generate.main, in one folder a section; what was there
+    before goes, since it may be another model's."""
     rows, folder = load_dialogues(settings.data, "test"), Path(settings.dialogues)
     if not 0 < settings.n < len(rows):
         raise InputError(f"n={settings.n}: {settings.data} has {len(rows)} test dialogues; the "
@@ -77,6 +86,9 @@ def make_dialogues(settings):
     same = [f"{key}={getattr(settings, key)}"
             for key in ("model", "codec", "data", "max_frames", "seed")]
     same.append(f"voices={settings.data}/voices.json")
+    numbers = numbers_of(settings, rows)
+    for path in itertools.chain(*((folder / name).glob("dialogue_*") for name in numbers)):
+        path.unlink()
     generate.main([*same, f"n={settings.n}", f"out={folder}/test"])
     base = next((i for i in range(settings.n) if seen(rows[i])), 0)
     made = json.loads(read_text(folder / "test" / f"dialogue_{base:04d}.json"))
@@ -86,9 +98,9 @@ def make_dialogues(settings):
         prompts = folder / f"prompt_{count}.json"
         prompts.write_text(json.dumps([pair]))
         generate.main([*same, f"prompts={prompts}", f"out={folder}/counts_{count}"])
-    for i in with_all_voices(rows, settings.n):
+    for i in numbers["voices"]:
         generate.main([*same, f"first={i}", f"out={folder}/voices"])
-    i = next((i for i in range(settings.n, len(rows)) if seen(rows[i])), settings.n)
+    i = numbers["answer"][0]
     write_partner(rows[i], folder, settings)
     generate.main([*same, f"first={i}", f"user={folder}/partner.wav", f"out={folder}/answer"])
 
@@ -104,10 +116,12 @@ def write_partner(row, folder, settings):
     (folder / "partner.json").write_text(json.dumps(partner))
 
 
-def read_section(settings, name):
-    """[(name of the audio file, two speakers, audio (2, samples) at 24 kHz)] of a folder."""
+def read_section(settings, name, numbers):
+    """[(name of the audio file, two speakers, audio (2, samples) at 24 kHz)] of those of a folder's
+    dialogues that have these numbers; a model may have ended one at once."""
     folder, found = Path(settings.dialogues), []
-    for path in sorted((folder / name).glob("dialogue_*.json")):
+    paths = [folder / name / f"dialogue_{number:04d}.json" for number in numbers]
+    for path in filter(Path.exists, paths):
         try:
             speakers = json.loads(read_text(path))["speakers"]
             if "recording" in speakers[1]:
@@ -217,9 +231,11 @@ def exact_counts(dialogues):
 
 def write_page(settings):
     out, rows = Path(settings.out), load_dialogues(settings.data, "test")
-    (out / "audio").mkdir(parents=True, exist_ok=True)
-    sections = {name: read_section(settings, name) for name in ("test", "voices", "answer")}
-    sections["counts"] = [read_section(settings, f"counts_{count}")[0] for count in COUNTS]
+    make_folder(out / "audio")
+    found = {name: read_section(settings, name, numbers)
+             for name, numbers in numbers_of(settings, rows).items()}
+    sections = {name: found[name] for name in ("test", "voices", "answer")}
+    sections["counts"] = [found[f"counts_{count}"][0] for count in COUNTS]
     right, asked = exact_counts(sections["test"])
     values = {"right": right, "asked": asked}
     for section, dialogues in sections.items():
@@ -233,6 +249,10 @@ def write_page(settings):
             values[section] += figure(name, note, speakers, audio)
     page = Template(read_text(Path(__file__).with_name("page.html"))).substitute(values)
     write_atomically(out / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
+    shown = {name for dialogues in sections.values() for name, _, _ in dialogues}
+    for path in (out / "audio").glob("*.ogg"):  # of a page before this one
+        if path.stem not in shown and path.stem[:-5] in found:
+            path.unlink()
     print(f"{out}/index.html: {sum(map(len, sections.values()))} dialogues; of the first "
           f"{settings.n}'s counts {right} of {asked} are made as asked")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import InputError, load_settings, write_json
+from config import InputError, load_settings, make_folder, write_json
 from data import (
     FRAME_RATE,
     StreamFormat,
@@ -224,7 +224,7 @@ def main(argv):
                          "than what separates utterances, and both are above 0")
     if settings.most < 0:
         raise InputError(f"most={settings.most}: must be at least 0")
-    Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(settings.out).parent)
     found, reasons = cut_all(load_dialogues(settings.data, settings.split), settings)
     for kind, why in reasons:
         if kind == "all":

@@ -33,7 +33,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, HOP, STEPS, MiniCodec, mel_filters, read_audio, save_minicodec
-from config import InputError, brief, count_cores, load_settings, write_atomically
+from config import InputError, brief, count_cores, load_settings, make_folder, write_atomically
 from world.bank import read_bank
 
 FRAME = STEPS * HOP  # samples
@@ -416,7 +416,7 @@ def main(argv):
           f"{len(phones)} phones; {size:.2f} M parameters; on {device}")
     if state:
         restore(s, m, state)
-    Path(s.out).mkdir(parents=True, exist_ok=True)
+    make_folder(s.out)
     if not state:
         Path(s.out, "log.csv").write_text(",".join(COLUMNS) + "\n")
     step, spent = (state["step"], state["spent"]) if state else (0, 0.0)
