@@ -46,7 +46,7 @@ class Settings:
     backchannel_in: float = 3.0  # shortest utterance whose backchannels are taken (5.0)
     backchannel: float = 1.0  # what the listener says is a backchannel up to this length (1.0)
     turn: float = 2.5  # shortest turn of either, at a turn's end (5.0)
-    gap: float = 0.7  # longest silence between them (0.4; the world's turns come after 0.3 to 0.7 s)
+    gap: float = 0.7  # longest silence between them (0.4; in the small world up to 0.7)
     part: float = 1.5  # shortest of the four utterances around an interruption (3.0)
 
 
