@@ -1081,6 +1081,15 @@ def set_level(audio, sample_rate, level):
     return audio
 
 
+def audio_kind(path):
+    """The suffix of a path to write audio to, in lower case. InputError on an unknown one."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in AUDIO_SUFFIXES:
+        raise InputError(f"{path}: cannot write audio of this kind; end the name in .wav, .flac or "
+                         ".mp3")
+    return suffix
+
+
 def write_audio(path, audio, sample_rate):
     """Writes audio (channels, samples), float in [-1, 1] (louder is clipped), as the format of the
     path's suffix.
@@ -1088,11 +1097,7 @@ def write_audio(path, audio, sample_rate):
     Atomic: the file appears whole or not at all. Raises InputError on an unknown suffix or a place
     it cannot write to.
     """
-    path, audio = Path(path), torch.as_tensor(audio)
-    suffix = path.suffix.lower()
-    if suffix not in AUDIO_SUFFIXES:
-        raise InputError(f"{path}: cannot write audio of this kind; end the name in .wav, .flac or "
-                         ".mp3")
+    path, audio, suffix = Path(path), torch.as_tensor(audio), audio_kind(path)
     audio, kind = audio.detach().cpu().float().numpy().T, "OPUS" if suffix == ".opus" else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -961,9 +961,10 @@ def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, r
     recording, or where the model has none); codes: (K, T) of each; record: what else the JSON
     says."""
     for speaker, text in zip(speakers, texts):
-        speaker["words"] = [] if text is None else stream_words(text, tokenizer)
-        said = " ".join(word["word"] for word in speaker["words"])
-        speaker["text"] = None if text is None else said
+        speaker |= {"words": [], "text": None}
+        if text is not None:
+            speaker["words"] = stream_words(text, tokenizer)
+            speaker["text"] = " ".join(word["word"] for word in speaker["words"])
     write_audio(stem.with_suffix(".wav"), audio, sample_rate)
     draw_timeline(stem.with_suffix(".png"), audio, sample_rate, speakers)
     record = {"speakers": speakers, **record, "codes": [row.tolist() for row in codes]}

@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 
-from codec import AUDIO_SUFFIXES, read_audio, write_audio
+from codec import audio_kind, read_audio, write_audio
 from config import InputError, load_settings, make_folder
 from ogg import FRAME, FRAME_SECONDS, RATE, OggReader, OggWriter, OpusDecoder, OpusEncoder
 
@@ -204,9 +204,7 @@ def main(argv):
     cfg = load_settings(Config, argv, files)
     if len(files) > 1:
         raise InputError(f"one recording at a time, not {len(files)}")
-    if Path(cfg.out).suffix.lower() not in AUDIO_SUFFIXES:  # now, not after the talk
-        raise InputError(f"out={cfg.out}: cannot write audio of this kind; end the name in .wav or "
-                         ".flac")
+    audio_kind(cfg.out)  # now, not after the talk
     make_folder(Path(cfg.out).parent)
     frames, size = None, None
     if files:

@@ -176,13 +176,14 @@ def test_weights_missing_or_of_wrong_shape(tmp_path):
     one_line(error, "decoder.post_conv.bias is [2], needs [1]")
 
 
+def offline(*_):
+    raise ConnectionError("no\nroute")
+
+
 def test_missing_file_and_hub_name_without_network(tmp_path, monkeypatch):
     with pytest.raises(InputError) as error:
         load_codec(tmp_path / "none.nemo")
     one_line(error, "none.nemo", "no such codec file")
-
-    def offline(*_):
-        raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(InputError) as error:
@@ -206,9 +207,6 @@ def test_a_hub_name_has_the_fingerprint_of_its_copy(tmp_path, monkeypatch):
                         asked.append(names) or str(tmp_path / "model.safetensors"))
     assert fingerprint("kyutai/mimi") == fingerprint(tmp_path)
     assert asked == [("kyutai/mimi", "model.safetensors")]
-
-    def offline(*_):
-        raise ConnectionError("no route")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(InputError) as error:
         fingerprint("kyutai/mimi")
