@@ -145,7 +145,7 @@ class MinutesSettings:
 # JSON's codes are (s). encoder: of the speakers' embeddings. settings: of generate.py. situation:
 # in the small world.
 BLANK = {"annotated": False, "audio": "", "codes": None, "codec": "", "until": 0, "lasts": 0,
-         "encoder": "", "settings": {}, "situation": ""}
+         "encoder": "", "settings": {}, "made": "", "situation": ""}
 
 
 def seconds(part, *keys):
@@ -243,7 +243,13 @@ def from_files(note, sound, settings):
                     "until": max(ends), "lasts": len(codes[0][0]) / FRAME_RATE,
                     "encoder": made.get("speaker_encoder") or "",
                     "situation": info.get("situation") or "",
-                    "settings": info.get("settings") or {}}
+                    "settings": info.get("settings") or {}, "made": way_made(info)}
+
+
+def way_made(info):
+    """How generate.py made a dialogue, of its JSON, as a string to be compared; "" for others."""
+    files, sampling = info.get("fingerprints"), info.get("sampling")
+    return json.dumps([files["model"], files["codec"], sampling], sort_keys=True) if files else ""
 
 
 def from_folder(folder, settings):
@@ -278,6 +284,10 @@ def find_dialogues(folder, settings):
         failing = f" ({len(failed)} that fail: {reasons})" if failed else ""
         raise InputError(f"{folder}: holds no dialogue{failing}; each needs NAME.wav and NAME.json")
     found = found[:settings.n] if settings.n else found
+    ways = {dialogue["made"]: dialogue["name"] for dialogue in found}
+    if len(ways) > 1:
+        print(f"{folder}: scored as one row, but made in {len(ways)} ways (model, codec, sampling), "
+              f"as {' and '.join(itertools.islice(ways.values(), 2))}; give each an out= of its own")
     add_situations(found)
     leave_out_unmarked(folder, found)
     return found, failed
@@ -801,7 +811,7 @@ def probe(settings):
     the count: where the history lacks what is asked for, the chance stays, frame after frame.)"""
     model, tokenizer, fmt = load_model(settings.model)
     rows = load_dialogues(settings.data, settings.split)
-    rows = rows.select(range(min(settings.n, len(rows))))
+    rows = rows.select(range(min(settings.n or len(rows), len(rows))))
     if fmt.behaviour_tokens == "none":
         raise InputError(f"model={settings.model}: has no marks in its text stream to be counted")
     expected = {kind: [] for kind in KINDS}
@@ -1130,16 +1140,20 @@ def find_utterances(settings, rate):
     """Random utterances of a raw folder, [(audio (N,) at `rate`, text, settings)]: `n`, or 100."""
     folder = Path(settings.raw)
     folder = folder / settings.split if (folder / settings.split).is_dir() else folder
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; raw= is one of recordings")
     sounds = [path for path in sorted(folder.iterdir())
               if path.suffix.lower() in AUDIO_SUFFIXES and path.with_suffix(".json").exists()]
     found = []
     for path in sounds:
-        for u in read_json(path.with_suffix(".json"), "a dialogue's JSON is needed")["utterances"]:
-            if u.get("end_time") is not None and len(normalise(u["tts_text"]).split()) >= 4:
+        info = read_json(path.with_suffix(".json"), "a dialogue's JSON is needed")
+        for u in info.get("utterances", ()):
+            if (None not in (u.get("end_time"), u.get("speaker_idx"))
+                    and len(normalise(u["tts_text"]).split()) >= 4):
                 found.append((path, u))
     if not found:
-        raise InputError(f"{folder}: no utterance with start_time and end_time here; give a raw "
-                         "corpus with times")
+        raise InputError(f"{folder}: no utterance with speaker_idx, start_time and end_time here; "
+                         "give a raw corpus with times")
     rng, work = np.random.default_rng(settings.seed), []
     for i in rng.choice(len(found), min(settings.n or 100, len(found)), replace=False):
         path, u = found[i]
@@ -1210,8 +1224,8 @@ def check(settings):
         raise InputError(f"quality={settings.quality}: must be dnsmos or utmos")
     if settings.count_on not in ("", "words", "speech", "text"):
         raise InputError(f"count_on={settings.count_on}: must be speech, words or text")
-    if settings.n < 0 or min(settings.merge, settings.interruption, settings.overlap) < 0:
-        raise InputError("n, merge, interruption and overlap must be at least 0")
+    if min(settings.n, settings.seed, settings.merge, settings.interruption, settings.overlap) < 0:
+        raise InputError("n, seed, merge, interruption and overlap must be at least 0")
     if settings.default and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--default runs in one process; with torchrun, first generate.py n=200, "
                          "then evaluate.py on its folder")

@@ -70,6 +70,7 @@ from model import load_checkpoint
 from turns import label_segments, merge_words
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold $
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
 
 LOOK = 16  # frames between two looks at which dialogues are over: a look waits for the GPU
@@ -87,8 +88,8 @@ class Config:
     voices: str = "default/data/voices.json"  # voice name -> speaker embedding, for own prompts
     data: str = "default/data"
     split: str = "test"
-    first: int = 0  # the first dialogue taken
-    n: int = 1  # how many
+    first: int = 0  # the first dialogue taken of a data set; prompts are all taken
+    n: int = 1  # how many of a data set
     batch: int = 8  # dialogues made at a time
     # a recording as the other speaker
     user: str = ""  # file, or folder of Full-Duplex-Bench's layout
@@ -976,6 +977,12 @@ def made_from(cfg, sampling):
     """What a dialogue's JSON says of how it was made: the settings, the keywords of Sampler, and
     the fingerprints of the files at the settings' paths, where others may lie the next time."""
     paths = {key: getattr(cfg, key) for key in ("model", "codec", "prompts")}
+    if cfg.prompts:
+        paths["voices"] = cfg.voices
+    else:  # the data set's list of what it was made of
+        paths["data"] = str(Path(cfg.data) / "info.json")
+    if cfg.user and not Path(cfg.user).is_dir():
+        paths["user"] = cfg.user
     return {"settings": asdict(cfg), "sampling": sampling,
             "fingerprints": {key: fingerprint(path) for key, path in paths.items() if path}}
 
@@ -1096,6 +1103,9 @@ def main(argv):
     if torch.cuda.is_available():
         device, dtype = f"cuda:{os.environ.get('LOCAL_RANK', 0)}", torch.bfloat16
     model, tokenizer, fmt, trained = load_checkpoint(cfg.model, device, dtype)
+    if 0 < cfg.max_frames <= fmt.delay:
+        raise InputError(f"max_frames={cfg.max_frames}: text leads by {fmt.delay}, so give "
+                         f"{fmt.delay + 1} or more, or 0")
     sampling = sampling_of(cfg, trained)
     Sampler([], **sampling).kinds()  # raises InputError before anything is made
     codec = load_codec(cfg.codec).to(device)
@@ -1114,6 +1124,9 @@ def main(argv):
     made = made_from(cfg, sampling)
     if cfg.resume:
         jobs = [job for job in jobs if not same_settings(job[2].with_suffix(".json"), made)]
+    for *_, stem in jobs:  # an earlier run's would pass for this one's if it stops before
+        for suffix in (".json", ".wav", ".png"):
+            stem.with_suffix(suffix).unlink(missing_ok=True)
     record = {"speaker_encoder": encoder, **made}
     for k in range(0, len(jobs), cfg.batch):
         make_batch(cfg, model, tokenizer, fmt, codec, jobs[k:k + cfg.batch], sampling, user, record)

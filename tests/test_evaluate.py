@@ -98,6 +98,32 @@ def test_threshold_search_finds_what_separates():
     assert wrong == 0 and interruption <= 0.2 and split == 0.565 and overlap == 0.435
 
 
+def test_dialogues_of_several_models_are_noted(tmp_path, capsys):
+    """generate.py leaves what it does not write anew: an earlier model's dialogues stay beside."""
+    for k, weights in enumerate(("a", "a", "b")):
+        made = {"fingerprints": {"model": weights, "codec": "c"}, "sampling": {"top_k": 0}}
+        (tmp_path / f"{k}.json").write_text(
+            json.dumps({"speakers": [speaker(), speaker()], "codes": [[[0] * 12]] * 2, **made})
+        )
+        soundfile.write(tmp_path / f"{k}.wav", np.zeros((22050, 2)), 22050)
+    evaluate.find_dialogues(tmp_path, evaluate.Settings())
+    assert "made in 2 ways (model, codec, sampling), as 1 and 2" in capsys.readouterr().out
+    (tmp_path / "2.json").unlink(), (tmp_path / "2.wav").unlink()
+    evaluate.find_dialogues(tmp_path, evaluate.Settings())
+    assert "made in" not in capsys.readouterr().out
+
+
+def test_a_raw_folder_that_is_none(tmp_path):
+    """raw= a name mistyped, or a folder of generate.py's, which has no utterances."""
+    settings = evaluate.Settings(raw=str(tmp_path / "typo"))
+    with pytest.raises(InputError, match="no such folder"):
+        evaluate.find_utterances(settings, 16000)
+    (tmp_path / "a.json").write_text('{"speakers": []}'), (tmp_path / "a.wav").touch()
+    settings.raw = str(tmp_path)
+    with pytest.raises(InputError, match="no utterance with speaker_idx"):
+        evaluate.find_utterances(settings, 16000)
+
+
 def test_raw_dialogues_are_read_as_generated_ones():
     first, second = from_raw(json.loads((SPEECH / "dialogue.json").read_text()), {})
     assert (first["backchannels"], second["backchannels"], first["starts"], second["starts"]) == (
@@ -859,7 +885,7 @@ def test_probe(tmp_path, dialogues, capsys):
         evaluate.main(["probe", f"model={GOLDEN / 'checkpoint'}", f"data={tmp_path}"])
     fmt.behaviour_tokens = "count_down"
     save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {})
-    evaluate.main(["probe", f"model={tmp_path / 'model'}", f"data={tmp_path}", "most=2", "n=1"])
+    evaluate.main(["probe", f"model={tmp_path / 'model'}", f"data={tmp_path}", "most=2", "n=0"])
     lines = capsys.readouterr().out.strip().splitlines()
     assert "backchannels expected" in lines[0] and [line[2] for line in lines[2:]] == [
         "0",

@@ -126,15 +126,19 @@ def test_what_was_made_by_other_weights_or_prompts_is_made_anew(words, golden_co
         path.write_text(json.dumps(record))
     monkeypatch.setattr(generate, "make_batch", make)
 
-    def keeps():
+    def keeps(*more):
         before = len(made)
-        generate.main([*words, f"model={tmp_path}/model", f"prompts={prompts}", "resume=true"])
+        generate.main([*words, f"model={tmp_path}/model", f"prompts={prompts}", "resume=true",
+                       *more])
         return len(made) == before
     prompts.write_text(json.dumps([PAIR]))
     save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {})
     assert not keeps() and keeps()
     prompts.write_text(json.dumps([[PAIR[0] | {"narrative": "You lost your bag."}, PAIR[1]]]))
     assert not keeps()
+    for length in (16000, 17000):  # another recording of the same name
+        soundfile.write(tmp_path / "user.wav", torch.zeros(length).numpy(), 16000)
+        assert not keeps(f"user={tmp_path}/user.wav") and keeps(f"user={tmp_path}/user.wav")
     with torch.no_grad():
         model.dsu_head.bias += 1
     save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {})
@@ -142,9 +146,19 @@ def test_what_was_made_by_other_weights_or_prompts_is_made_anew(words, golden_co
     save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {"sampling": {"temperature": 0.5}})
     assert not keeps()
     record = json.loads(path.read_text())
-    assert record.pop("fingerprints").keys() == {"model", "codec", "prompts"}
+    assert record.pop("fingerprints").keys() == {"model", "codec", "prompts", "voices"}
     path.write_text(json.dumps(record))  # as written before there were fingerprints
     assert not keeps()
+
+
+def test_an_earlier_dialogue_does_not_pass_for_this_one(words, tmp_path, monkeypatch):
+    """What ends before its dialogue is written leaves none of the run before."""
+    monkeypatch.setattr(generate, "make_batch", lambda *_: None)
+    (tmp_path / "out").mkdir()
+    for name in ("dialogue_0000.json", "dialogue_0000.wav", "dialogue_0001.json"):
+        (tmp_path / "out" / name).write_text("{}")
+    generate.main(words)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dialogue_0001.json"]
 
 
 def test_the_narrative_of_the_prompt_is_stored(dialogues):
@@ -211,6 +225,7 @@ def test_bad_input(fails, words, tmp_path):
     refuses("'starts' must be bool", *words, *prompts(starts="yes"))
     refuses("has 7 numbers, the model takes 192", *words, *prompts(voice="short"))
     refuses("has 3 dialogues in split 'test'", *words, "first=3")
+    refuses("text leads by 2, so give 3 or more", *words, "max_frames=2")
     refuses("'name' is empty", *words, *prompts(name=" "))
     refuses("positions for prompt and dialogue; shorten it", *words,
             *prompts(narrative="You talk. " * 20000))
@@ -234,6 +249,12 @@ def test_the_shipped_parts_belong_together():
     assert made["codec_fingerprint"] == fingerprint(ROOT / "default" / "codec.safetensors")
     config = json.loads((ROOT / "default" / "model" / "config.json").read_text())
     assert all(config.get(key, value) == value for key, value in made.items())
+
+
+def test_a_name_is_no_formula(tmp_path):
+    generate.draw_timeline(tmp_path / "a.png", torch.zeros(2, 22050), 22050, [
+        {"name": "A$\\x$", "words": []}, {"name": "$", "words": []}])
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_stream_words():
