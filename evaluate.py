@@ -286,8 +286,9 @@ def find_dialogues(folder, settings):
     found = found[:settings.n] if settings.n else found
     ways = {dialogue["made"]: dialogue["name"] for dialogue in found}
     if len(ways) > 1:
-        print(f"{folder}: scored as one row, but made in {len(ways)} ways (model, codec, sampling), "
-              f"as {' and '.join(itertools.islice(ways.values(), 2))}; give each an out= of its own")
+        two = " and ".join(itertools.islice(ways.values(), 2))
+        print(f"{folder}: scored as one row, but made in {len(ways)} ways (model, codec, "
+              f"sampling), as {two}; give each an out= of its own")
     add_situations(found)
     leave_out_unmarked(folder, found)
     return found, failed
