@@ -157,6 +157,7 @@ def test_without_a_microphone(tone, form):
             await page.click("#start")
             await until(page, "talk.what == 'two' && talk.words[1].length > 2")
             assert await page.evaluate("talk.wishes[1].voice") == "two" and not page.errors
+            assert await page.evaluate("talk.frames[0].length == talk.frames[1].length")
     browse(visit, tone)
 
 
@@ -222,6 +223,13 @@ def test_a_full_server_is_said(tone):
             said = [await page.inner_text("#status") for page in pages]
             assert "connected" in said[0] and "number 1 in the queue" in said[1]
             assert "queue behind them are full" in said[2]
+        async with start(slots=1, queue=4) as server:
+            page = await open_page(server)
+            await page.check("[value=two]")
+            await page.click("#start")
+            await until(page, "/two free slots/.test(document.querySelector('#status')"
+                        ".textContent)", 10)
+            assert await page.is_enabled("#start") and not page.errors
     browse(visit, tone)
 
 
