@@ -456,6 +456,42 @@ def test_talk_saves_an_answer_as_long_as_its_file(tmp_path):
         talk.main([str(tmp_path / "beeps.wav"), "url=ws://127.0.0.1:9/api/chat"])
 
 
+@pytest.mark.parametrize("lost, said", [(1, "as Moshi's does"), (3, "not answered 3 of 15 frames")])
+def test_talk_does_not_wait_for_ever(tmp_path, monkeypatch, capsys, lost, said):
+    """A server that says nothing to the first frames, as Moshi's to one: what came is saved, where
+    it was heard."""
+    import soundfile
+
+    import talk
+    soundfile.write(tmp_path / "beeps.wav", beeps()[:FRAME * 15], RATE)
+    answer = serve.Session.answer
+
+    def silent_at_first(session, said, words):
+        session.asked = getattr(session, "asked", 0) + 1
+        if session.asked > lost:
+            answer(session, said, words)
+    monkeypatch.setattr(serve.Session, "answer", silent_at_first)
+    monkeypatch.setattr(talk, "LAST_WAIT", 0.3)
+    monkeypatch.setattr(serve, "DRAIN_SECONDS", 0.1)
+
+    async def client(address, server):
+        words = [str(tmp_path / "beeps.wav"), f"url={address}", "pace=false",
+                 f"out={tmp_path}/answer.wav"]
+        await asyncio.to_thread(talk.main, words)
+    run(client)
+    heard, _ = soundfile.read(tmp_path / "answer.wav")
+    assert said in capsys.readouterr().err and len(heard) == FRAME * 15
+    if lost == 1:
+        assert abs(lag(heard, beeps()[:FRAME * 15]) - 92.9) < 0.2
+
+
+@pytest.mark.parametrize("listen", ["-99", "inf", "nan"])
+def test_talk_cannot_listen_for_less_than_nothing(listen):
+    import talk
+    with pytest.raises(serve.InputError, match=f"listen={float(listen)}: seconds"):
+        talk.main(["file.wav", f"listen={listen}"])
+
+
 def test_talk_says_what_is_wrong_with_an_address():
     import talk
 
