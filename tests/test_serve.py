@@ -316,6 +316,33 @@ def test_queue_and_503():
     assert "nanofactor_latency_seconds_count 1.0" in text
 
 
+def test_who_closes_in_the_queue_is_answered():
+    """A slot is free soon after the close: all its frames are answered, but not for other codes;
+    and who sends too much while it waits is told so."""
+    async def client(address, server):
+        frame = b"\x08" + bytes(2 * FRAME)
+        async with connect(address) as first:
+            await first.recv()
+            waiting = [await connect(address, format="pcm") for _ in range(3)]
+            hearing = [asyncio.create_task(everything(ws)) for ws in waiting]
+            for ws in waiting[:2]:
+                for _ in range(20):
+                    await ws.send(frame)
+            for _ in range(serve.MOST_BEHIND + 1):
+                await waiting[2].send(frame)
+            closing = [asyncio.create_task(ws.close(code))
+                       for ws, code in zip(waiting, (1000, 1001))]
+            flooded = await hearing[2]
+            await asyncio.sleep(0.3)
+            assert not server.queue[0].has_slot
+            server.cfg.idle = 0.2  # ends nobody who has closed
+        await asyncio.gather(*closing)
+        return [[m[0] for m in await task] for task in hearing[:2]], flooded
+    (answered, unanswered), flooded = run(client, slots=1, queue=3, slow=0.02)
+    assert answered == [serve.HANDSHAKE] + [serve.PCM] * 20 and not unanswered
+    assert b"more than 60 s of audio came before a slot was free" in flooded[-1]
+
+
 async def get(url, text=False, **headers):
     async with test_utils.ClientSession() as http, http.get(url, headers=headers) as response:
         return await (response.text() if text else response.json())
@@ -385,6 +412,12 @@ def test_the_certificate_is_for_the_host_whatever_it_looks_like(tmp_path, host):
 def test_minutes_have_a_limit(minutes):
     with pytest.raises(serve.InputError, match="minutes"):
         serve.check_settings(serve.Config(minutes=minutes))
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_a_port_is_one_that_can_be_opened(port):
+    with pytest.raises(serve.InputError, match="a port is 1..65535"):
+        serve.check_settings(serve.Config(port=port))
 
 
 def test_a_folder_for_recordings_that_cannot_be_made(tmp_path):
