@@ -14,8 +14,8 @@ A client opens a WebSocket at /api/chat. Byte 0 of every message is its kind:
 
 Audio is 24 kHz mono in frames of 1920 samples (80 ms). Lockstep: one frame out for each frame in,
 from the first, and none before it; frame k of the answer is what the model says after hearing
-frame k. Frames that came before the handshake are answered too, and after a close with code 1000
-what is still to be answered is, for up to 8 s.
+frame k. Frames that came before the handshake (at most 60 s) are answered too, and after a close
+with code 1000 what is still to be answered is, for up to 8 s (a wait for a slot included).
 """
 import asyncio
 import collections
@@ -700,7 +700,7 @@ class Session:
             code = await self.listen()
             if self.timer:
                 self.timer.cancel()
-            if code == WSCloseCode.OK and self.has_slot and not self.ended:
+            if code == WSCloseCode.OK and (self.has_slot or self.early) and not self.ended:
                 await self.drain()
         finally:
             self.server.release(self)
@@ -773,8 +773,10 @@ class Session:
     def take_frame(self, frame):
         self.frames_in += 1
         if self.frames_in - self.frames_out > MOST_BEHIND:
-            return self.end("audio came much faster than it is answered", "flood",
-                            WSCloseCode.POLICY_VIOLATION)
+            why = ("audio came much faster than it is answered" if self.has_slot else
+                   f"more than {MOST_BEHIND * FRAME_SECONDS:.0f} s of audio came before a slot was "
+                   "free")
+            return self.end(why, "flood", WSCloseCode.POLICY_VIOLATION)
         if self.frames_in > self.server.limit:
             return
         event = ("frame", self, (frame, self.last_audio))
@@ -804,7 +806,8 @@ class Session:
         for event in self.early:
             self.server.batch.events.put(event)
         self.early = []
-        self.watch()
+        if self.ws.close_code is None:  # else it only waits for what is to be answered
+            self.watch()
 
     def answer(self, said, words):
         """One frame of the answer: said (1920,) in [-1, 1]; words: its (mark, text)."""
@@ -1134,8 +1137,8 @@ def check_settings(cfg):
     """Raises InputError."""
     if cfg.mode not in ("talk", "echo"):
         raise InputError(f"mode is '{cfg.mode}'; use talk or echo")
-    if not 0 <= cfg.port < 65536:
-        raise InputError(f"port={cfg.port}: a port is 1..65535, or 0 for any free one")
+    if not 0 < cfg.port < 65536:
+        raise InputError(f"port={cfg.port}: a port is 1..65535")
     if min(cfg.slots, cfg.queue, cfg.slow) < 0 or min(cfg.minutes, cfg.idle, cfg.most_slots) <= 0:
         raise InputError("slots, queue and slow are at least 0; minutes, idle and most_slots more")
     if not cfg.minutes <= 1e6:  # nan neither

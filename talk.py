@@ -5,7 +5,8 @@
     python talk.py                               the microphone, until Ctrl-C (needs sounddevice)
 
 The answer is placed as it would have been heard: what the server says after hearing frame k lies at
-frame k + 1. `stereo=true` writes the recording beside it. Words are printed as they come.
+frame k + 1 (Moshi's says nothing to frame 0). `stereo=true` writes the recording beside it. Words
+are printed as they come.
 """
 import asyncio
 import functools
@@ -29,6 +30,7 @@ except ImportError:
 
 HANDSHAKE, OGG, TEXT, ERROR = 0, 1, 2, 5  # kinds of messages, as in serve.py
 AHEAD = 50  # frames that may be unanswered with pace=false
+LAST_WAIT = 2.0  # seconds without an answer after which the last ones are given up
 
 
 @dataclass
@@ -57,11 +59,12 @@ WISHES = ("voice", "name", "other", "narrative", "backchannels", "interruptions"
 
 class Answer:
     """What the server has said: `frames` of (1920,), in order, when each was asked for and came
-    (`sent_at`, `came_at`, in seconds of the clock), and why it closed, if it did."""
+    (`sent_at`, `came_at`, in seconds of the clock), to how many frames at the start it said
+    nothing (`late`), and why it closed, if it did."""
 
     def __init__(self):
         self.frames, self.samples, self.problem = [], np.zeros(0, np.float32), ""
-        self.sent_at, self.came_at = [], []
+        self.sent_at, self.came_at, self.late = [], [], 0
         self.reader, self.decoder = OggReader(), OpusDecoder()
         self.begun, self.came = asyncio.Event(), asyncio.Event()
 
@@ -92,17 +95,22 @@ class Answer:
 
     def waits(self):
         """Seconds from the sending of each frame to its answer, (n,)."""
-        return np.array([came - sent for came, sent in zip(self.came_at, self.sent_at)])
+        return np.array([came - sent for came, sent in zip(self.came_at, self.sent_at[self.late:])])
 
-    async def wait_for(self, number, ws):
-        """Until so many frames have come, or the server has closed."""
+    async def wait_for(self, number, ws, patience=None):
+        """Until so many frames have come, nothing has for `patience` seconds, or the server has
+        closed."""
         while len(self.frames) < number and not ws.closed:
             self.came.clear()
-            await self.came.wait()
+            try:
+                await asyncio.wait_for(self.came.wait(), patience)
+            except asyncio.TimeoutError:
+                return
 
 
 async def send_recording(ws, frames, answer, pace):
-    """Frames (n, 1920), each at its time by the clock (pace), then waits for the last answer."""
+    """Frames (n, 1920), each at its time by the clock (pace), then waits for the last answer, but
+    not for ever: Moshi's server gives N - 1 to N frames."""
     encoder, writer = OpusEncoder(), OggWriter()
     start = time.monotonic()
     for number, frame in enumerate(frames):
@@ -118,7 +126,13 @@ async def send_recording(ws, frames, answer, pace):
             await ws.send_bytes(message)
         except ConnectionError:  # it has gone; `listen` says so
             return
-    await answer.wait_for(len(frames), ws)
+    await answer.wait_for(len(frames), ws, LAST_WAIT)
+    missing = len(frames) - len(answer.frames)
+    if missing > 0 and not ws.closed:
+        answer.problem = f"it has not answered {missing} of {len(frames)} frames"
+        if missing == 1:
+            answer.late = 1
+            answer.problem += ", the first, as Moshi's does; its answer is placed 80 ms later"
 
 
 async def send_microphone(ws, sound, frames):
@@ -204,6 +218,8 @@ def main(argv):
     cfg = load_settings(Config, argv, files)
     if len(files) > 1:
         raise InputError(f"one recording at a time, not {len(files)}")
+    if not 0 <= cfg.listen <= 3600:  # nan neither
+        raise InputError(f"listen={cfg.listen}: seconds of silence after the recording, 0..3600")
     audio_kind(cfg.out)  # now, not after the talk
     make_folder(Path(cfg.out).parent)
     frames, size = None, None
@@ -213,7 +229,7 @@ def main(argv):
         frames = np.pad(audio, (0, size + -size % FRAME - len(audio))).reshape(-1, FRAME)
     said, answered = asyncio.run(talk(cfg, frames))
     size = size or said.size
-    answer = np.concatenate([np.zeros(FRAME), *answered.frames])[:size]
+    answer = np.concatenate([np.zeros(FRAME * (1 + answered.late)), *answered.frames])[:size]
     answer = np.pad(answer, (0, size - len(answer)))
     channels = [answer, said.ravel()[:size]] if cfg.stereo else [answer]
     write_audio(Path(cfg.out), np.stack(channels), RATE)

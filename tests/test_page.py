@@ -157,6 +157,58 @@ def test_without_a_microphone(tone, form):
             await page.click("#start")
             await until(page, "talk.what == 'two' && talk.words[1].length > 2")
             assert await page.evaluate("talk.wishes[1].voice") == "two" and not page.errors
+            assert await page.evaluate("talk.frames[0].length == talk.frames[1].length")
+    browse(visit, tone)
+
+
+HOLD = """name => {
+    const devices = navigator.mediaDevices, sound = AudioWorklet.prototype;
+    const {getUserMedia} = devices, {addModule} = sound;
+    const wait = async here => {
+        if (here === name) await new Promise(go => { window.allow = go; });
+    };
+    devices.getUserMedia = async what => {
+        await wait("getUserMedia");
+        return window.stream = await getUserMedia.call(devices, what);
+    };
+    sound.addModule = async function (url) {
+        await wait("addModule");
+        return addModule.call(this, url);
+    };
+}"""
+
+
+@pytest.mark.parametrize("name", ["getUserMedia", "addModule"])
+def test_stop_during_the_start(tone, name):
+    """Stop while the browser asks for the microphone, or opens the sound: nothing stays on, and
+    what is left of the old talk does not reach the next one."""
+    async def visit(open_page):
+        async with start() as server:
+            page = await open_page(server)
+            await page.evaluate(HOLD, name)
+            await page.click("#start")
+            await until(page, "!!window.allow")
+            await page.click("#stop")
+            await page.evaluate("allow()")
+            await until(page, "window.stream && stream.getTracks().every("
+                        "track => track.readyState == 'ended')", 5)
+            await asyncio.sleep(0.5)
+            assert await page.inner_text("#status") == "stopped"
+            assert await page.evaluate("!context && !talk.lines.length && !talk.running")
+            for run in range(2):
+                await page.evaluate("window.allow = null")
+                await page.click("#start")
+                await until(page, "!!window.allow")
+                await page.evaluate("allow()")
+                await frames(page, 5)
+                if run == 0:
+                    await page.evaluate("window.old = talk.lines[0].to")
+                    await page.click("#stop")
+            await page.evaluate("old.text(' ghost'); old.frame(new Float32Array(FRAME))")
+            assert await page.evaluate("!talk.words[0].some(word => /ghost/.test(word.text))")
+            await page.evaluate("old.event({event: 'begin', limit_frames: 1})")
+            await frames(page, 20)
+            assert not page.errors
     browse(visit, tone)
 
 
@@ -171,6 +223,13 @@ def test_a_full_server_is_said(tone):
             said = [await page.inner_text("#status") for page in pages]
             assert "connected" in said[0] and "number 1 in the queue" in said[1]
             assert "queue behind them are full" in said[2]
+        async with start(slots=1, queue=4) as server:
+            page = await open_page(server)
+            await page.check("[value=two]")
+            await page.click("#start")
+            await until(page, "/two free slots/.test(document.querySelector('#status')"
+                        ".textContent)", 10)
+            assert await page.is_enabled("#start") and not page.errors
     browse(visit, tone)
 
 

@@ -316,6 +316,33 @@ def test_queue_and_503():
     assert "nanofactor_latency_seconds_count 1.0" in text
 
 
+def test_who_closes_in_the_queue_is_answered():
+    """A slot is free soon after the close: all its frames are answered, but not for other codes;
+    and who sends too much while it waits is told so."""
+    async def client(address, server):
+        frame = b"\x08" + bytes(2 * FRAME)
+        async with connect(address) as first:
+            await first.recv()
+            waiting = [await connect(address, format="pcm") for _ in range(3)]
+            hearing = [asyncio.create_task(everything(ws)) for ws in waiting]
+            for ws in waiting[:2]:
+                for _ in range(20):
+                    await ws.send(frame)
+            for _ in range(serve.MOST_BEHIND + 1):
+                await waiting[2].send(frame)
+            closing = [asyncio.create_task(ws.close(code))
+                       for ws, code in zip(waiting, (1000, 1001))]
+            flooded = await hearing[2]
+            await asyncio.sleep(0.3)
+            assert not server.queue[0].has_slot
+            server.cfg.idle = 0.2  # ends nobody who has closed
+        await asyncio.gather(*closing)
+        return [[m[0] for m in await task] for task in hearing[:2]], flooded
+    (answered, unanswered), flooded = run(client, slots=1, queue=3, slow=0.02)
+    assert answered == [serve.HANDSHAKE] + [serve.PCM] * 20 and not unanswered
+    assert b"more than 60 s of audio came before a slot was free" in flooded[-1]
+
+
 async def get(url, text=False, **headers):
     async with test_utils.ClientSession() as http, http.get(url, headers=headers) as response:
         return await (response.text() if text else response.json())
@@ -387,6 +414,12 @@ def test_minutes_have_a_limit(minutes):
         serve.check_settings(serve.Config(minutes=minutes))
 
 
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_a_port_is_one_that_can_be_opened(port):
+    with pytest.raises(serve.InputError, match="a port is 1..65535"):
+        serve.check_settings(serve.Config(port=port))
+
+
 def test_a_folder_for_recordings_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(serve.InputError, match="file: no such folder can be made"):
@@ -454,6 +487,42 @@ def test_talk_saves_an_answer_as_long_as_its_file(tmp_path):
     assert abs(lag(run(client), audio) - 92.9) < 0.2
     with pytest.raises(serve.InputError, match="cannot be reached"):
         talk.main([str(tmp_path / "beeps.wav"), "url=ws://127.0.0.1:9/api/chat"])
+
+
+@pytest.mark.parametrize("lost, said", [(1, "as Moshi's does"), (3, "not answered 3 of 15 frames")])
+def test_talk_does_not_wait_for_ever(tmp_path, monkeypatch, capsys, lost, said):
+    """A server that says nothing to the first frames, as Moshi's to one: what came is saved, where
+    it was heard."""
+    import soundfile
+
+    import talk
+    soundfile.write(tmp_path / "beeps.wav", beeps()[:FRAME * 15], RATE)
+    answer = serve.Session.answer
+
+    def silent_at_first(session, said, words):
+        session.asked = getattr(session, "asked", 0) + 1
+        if session.asked > lost:
+            answer(session, said, words)
+    monkeypatch.setattr(serve.Session, "answer", silent_at_first)
+    monkeypatch.setattr(talk, "LAST_WAIT", 0.3)
+    monkeypatch.setattr(serve, "DRAIN_SECONDS", 0.1)
+
+    async def client(address, server):
+        words = [str(tmp_path / "beeps.wav"), f"url={address}", "pace=false",
+                 f"out={tmp_path}/answer.wav"]
+        await asyncio.to_thread(talk.main, words)
+    run(client)
+    heard, _ = soundfile.read(tmp_path / "answer.wav")
+    assert said in capsys.readouterr().err and len(heard) == FRAME * 15
+    if lost == 1:
+        assert abs(lag(heard, beeps()[:FRAME * 15]) - 92.9) < 0.2
+
+
+@pytest.mark.parametrize("listen", ["-99", "inf", "nan"])
+def test_talk_cannot_listen_for_less_than_nothing(listen):
+    import talk
+    with pytest.raises(serve.InputError, match=f"listen={float(listen)}: seconds"):
+        talk.main(["file.wav", f"listen={listen}"])
 
 
 def test_talk_says_what_is_wrong_with_an_address():
