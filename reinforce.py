@@ -50,7 +50,7 @@ from config import (
     write_atomically,
     write_csv,
 )
-from data import SILENCE_PAD, load_dialogues
+from data import SILENCE_PAD, data_info, load_dialogues
 from generate import Sampler
 from model import load_checkpoint, save_checkpoint
 from rewards import AXES, WEIGHTS, count_figures, draw_curves, merged, score
@@ -357,6 +357,7 @@ def setup(cfg):
         raise InputError(f"{cfg.model}: `sampling` in its config.json draws the text greedily")
     files = {"train": cfg.segments, "validation": cfg.val_segments}
     dialogues = {split: load_dialogues(cfg.data, split) for split in files}
+    check_data(cfg, model, fmt, trained, dialogues)
     scenes = {split: read_scenes(files[split], split, dialogues[split], fmt, cfg.axes.split())
               for split in files}
     decisions, classes = text_ids(tokenizer, model.backbone.vocab_size, device)
@@ -366,6 +367,18 @@ def setup(cfg):
     run = Run(cfg, rank, world, device, model, start, tokenizer, fmt, trained, dialogues, scenes,
               sampling, decisions, classes, judge, optimizer, bf16)
     return take_up(run) if cfg.resume else run
+
+
+def check_data(cfg, model, fmt, trained, dialogues):
+    """Raise InputError where the data set is of another codec or speaker encoder than the model's."""
+    made_for = {"codebooks": model.num_codebooks, "codebook_size": fmt.codebook_size,
+                "speaker numbers": model.speaker_size}
+    for opened in dialogues.values():
+        first = next(iter(opened))
+        asked = {"codebooks": len(first["dsu_c1_path"]),
+                 "codebook_size": data_info(cfg.data).get("codebook_size", fmt.codebook_size),
+                 "speaker numbers": model.speaker_size and len(first["spk_emb_c1"])}
+        train.check_fit(cfg.model, cfg.data, trained, made_for, asked)
 
 
 def take_up(run):

@@ -309,18 +309,25 @@ def from_checkpoint(cfg, fmt, codebooks, speaker_size):
     or the settings are others than those it was trained with."""
     source = f"{cfg.out}/last" if cfg.resume else cfg.init
     model, tokenizer, saved, trained = load_checkpoint(source)
-    made_for = vars(saved) | {"codebooks": model.num_codebooks,
-                              "speaker numbers": model.speaker_size}
-    asked = vars(fmt) | {"codebooks": codebooks, "speaker numbers": speaker_size}
-    for key, value in made_with(cfg.data).items():
-        if key in trained and (speaker_size or key == "codec_fingerprint"):
-            made_for[key], asked[key] = trained[key], value
+    check_fit(source, cfg.data, trained,
+              vars(saved) | {"codebooks": model.num_codebooks,
+                             "speaker numbers": model.speaker_size},
+              vars(fmt) | {"codebooks": codebooks, "speaker numbers": speaker_size})
+    return model.train(), tokenizer
+
+
+def check_fit(source, data, trained, made_for, asked):
+    """Raise InputError where a checkpoint does not fit the data set, of another codec, say. trained:
+    its config.json; made_for, asked: what it was made for and what is there now, dicts of the same
+    keys."""
+    for key, value in made_with(data).items():
+        if key in trained and (asked["speaker numbers"] or key == "codec_fingerprint"):
+            made_for, asked = made_for | {key: trained[key]}, asked | {key: value}
     differs = [f"{key} {value} (now {asked[key]})" for key, value in made_for.items()
                if value != asked[key] and key != "max_frames"]
     if differs:
         raise InputError(f"{source} was trained with another {', '.join(differs)}; use its data "
                          "and settings")
-    return model.train(), tokenizer
 
 
 def make_optimizers(model, cfg):

@@ -1,6 +1,7 @@
 """Reinforcement learning: what its typical bugs would break, rewards, and a run that goes on."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -336,6 +337,31 @@ def test_raft_may_learn_from_the_rules_dialogues(start, monkeypatch):
     helped.clear()
     reinforce.held_out_rows(run)
     assert not helped
+
+
+@pytest.mark.parametrize("change, info, message", [
+    ({}, {"codec_fingerprint": "b2"}, "another codec_fingerprint a1 .now b2.; use its data"),
+    ({}, {"speaker_encoder": "resemblyzer"}, "another speaker_encoder ecapa .now resemblyzer"),
+    ({}, {"codebook_size": 100}, "another codebook_size 64 .now 100"),
+    ({"spk_emb_c1": [0.1] * 10, "spk_emb_c2": [0.1] * 10}, {}, "another speaker numbers 192 .now"),
+    ({"dsu_c1_path": [[1] * 99] * 8, "dsu_c2_path": [[1] * 99] * 8}, {}, "codebooks 4 .now 8")])
+def test_data_that_does_not_fit_the_model_is_refused(folder, dialogues, start, tmp_path, change,
+                                                     info, message):
+    """As train.py and generate.py do: codes and vectors would mean something else."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"codec_fingerprint": "a1", "speaker_encoder": "ecapa"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    for split in ("train", "validation"):
+        write_split(tmp_path / "data", [row | change for row in dialogues[:2]], split)
+    words = [f"model={tmp_path}/model", f"data={tmp_path}/data"]
+    made = {"codec_fingerprint": "a1", "speaker_encoder": "ecapa"}
+    if not change:
+        (tmp_path / "data" / "info.json").write_text(json.dumps(made))
+        assert start(*words, axes=False)
+    (tmp_path / "data" / "info.json").write_text(json.dumps(made | info))
+    with pytest.raises(InputError, match=message):
+        start(*words, axes=False)
 
 
 def test_what_is_wrong_is_one_line(folder, start, tmp_path):
