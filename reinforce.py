@@ -32,7 +32,7 @@ Writes to `out`: best/ (by rewards.score: held-out counts, and the axes' rewards
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,7 +50,7 @@ from config import (
     write_atomically,
     write_csv,
 )
-from data import SILENCE_PAD, data_info, load_dialogues
+from data import SILENCE_PAD, data_info, first_usable, load_dialogues
 from generate import Sampler
 from model import load_checkpoint, save_checkpoint
 from rewards import AXES, WEIGHTS, count_figures, draw_curves, merged, score
@@ -373,10 +373,10 @@ def check_data(cfg, model, fmt, trained, dialogues):
     """Raise InputError where the data set is of another codec or speaker encoder than the model's."""
     made_for = {"codebooks": model.num_codebooks, "codebook_size": fmt.codebook_size,
                 "speaker numbers": model.speaker_size}
+    size = data_info(cfg.data).get("codebook_size", fmt.codebook_size)
     for opened in dialogues.values():
-        first = next(iter(opened))
-        asked = {"codebooks": len(first["dsu_c1_path"]),
-                 "codebook_size": data_info(cfg.data).get("codebook_size", fmt.codebook_size),
+        first = first_usable(opened, replace(fmt, codebook_size=size))
+        asked = {"codebooks": len(first["dsu_c1_path"]), "codebook_size": size,
                  "speaker numbers": model.speaker_size and len(first["spk_emb_c1"])}
         train.check_fit(cfg.model, cfg.data, trained, made_for, asked)
 

@@ -16,6 +16,7 @@ from data import (
     SILENCE_PAD,
     collate,
     decision_ids,
+    is_usable,
     make_prompt,
     mark_ids,
     pad_left,
@@ -136,10 +137,11 @@ def teach(batch, scene, t, delay):
 
 
 def scene_of(run, entry, dialogue, context):
-    """What is needed to play a segment, with up to `context` frames in front; None where the other
-    side's text cannot be laid out."""
+    """What is needed to play a segment, with up to `context` frames in front; None where the
+    dialogue cannot be used or the other side's text not be laid out."""
     system = 1 - entry["user"]
-    item = streams(dialogue, system, run.tokenizer, run.fmt)
+    usable = is_usable(dialogue, run.fmt)
+    item = streams(dialogue, system, run.tokenizer, run.fmt) if usable else None
     if item is None:
         return None
     first, d = max(0, entry["begin"] - context), run.fmt.delay
@@ -230,7 +232,10 @@ def draw_rows(run):
     seed = f"{cfg.seed}/{run.step}/{run.rank}"
     rng, dialogues, rows = random.Random(seed), run.dialogues["train"], []
     if cfg.pairs:
-        drawn = [dialogues[rng.randrange(len(dialogues))] for _ in range(cfg.pairs)]
+        drawn = []
+        while len(drawn) < cfg.pairs:  # setup has found one that can be used
+            dialogue = dialogues[rng.randrange(len(dialogues))]
+            drawn += [dialogue] if is_usable(dialogue, run.fmt) else []
         rows += talks(run, drawn, cfg.group, seed, cfg.control > 0)
     if run.scenes["train"] and cfg.method != "raft":
         context = rng.choice([0, rng.randint(0, cfg.context)])
@@ -247,9 +252,10 @@ def held_out_rows(run):
     """The rows of this process that the best is chosen by: the same at every call, but for the
     model."""
     cfg, dialogues, rows = run.cfg, run.dialogues["validation"], []
-    mine = range(run.rank, min(cfg.eval_pairs, len(dialogues)), run.world)
+    mine = [dialogues[i] for i in range(run.rank, min(cfg.eval_pairs, len(dialogues)), run.world)]
+    mine = [dialogue for dialogue in mine if is_usable(dialogue, run.fmt)]
     if cfg.pairs and mine:
-        rows += talks(run, [dialogues[i] for i in mine], 1, f"held out/{run.rank}",
+        rows += talks(run, mine, 1, f"held out/{run.rank}",
                       cfg.control > 0 and not cfg.updates)
     entries = [entry for some in run.scenes["validation"].values()
                for entry in some[run.rank:cfg.eval_pairs:run.world]]
@@ -300,7 +306,9 @@ def pad_rows(rows, end_token, device):
 def anchor_batch(run, split, keys):
     """Dialogues of the data set, keys [(index, side)], as a batch of data.collate for the
     supervised loss; what the model hears itself say is spoiled as in its training."""
-    items = [streams(run.dialogues[split][i], side, run.tokenizer, run.fmt) for i, side in keys]
+    drawn = [(run.dialogues[split][i], side) for i, side in keys]
+    items = [streams(dialogue, side, run.tokenizer, run.fmt) for dialogue, side in drawn
+             if is_usable(dialogue, run.fmt)]
     if not any(items):
         raise InputError(f"none of the dialogues {keys} of {run.cfg.data} can be laid out")
     batch = collate([item for item in items if item], run.tokenizer.eos_token_id, run.fmt)

@@ -48,6 +48,7 @@ from data import (
     data_info,
     decision_ids,
     epoch_batches,
+    first_usable,
     load_dialogues,
     made_with,
     new_tokenizer,
@@ -286,10 +287,10 @@ def build(cfg, fmt, dialogues):
     """The model and tokenizer that the config asks for: of a checkpoint, around a pretrained or
     random backbone, or around a new Llama. A run that goes on takes those of its own out/last.
 
-    dialogues: the training split, of load_dialogues; its first tells the sizes, and a new Llama's
-    tokenizer learns on it.
+    dialogues: the training split, of load_dialogues; its first that can be used tells the sizes,
+    and a new Llama's tokenizer learns on it.
     """
-    first = next(iter(dialogues))
+    first = first_usable(dialogues, fmt, cfg.limit)
     codebooks = len(first["dsu_c1_path"])
     speaker_size = len(first["spk_emb_c1"]) if cfg.speaker_embedding else 0
     if cfg.resume or cfg.init:
@@ -298,7 +299,7 @@ def build(cfg, fmt, dialogues):
         backbone, tokenizer = load_backbone(cfg)
         tokenizer.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
     else:
-        tokenizer = new_tokenizer(dialogues, cfg.vocab_size, fmt)
+        tokenizer = new_tokenizer(dialogues, cfg.vocab_size, fmt, cfg.limit)
         tokenizer.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
         backbone = new_llama(cfg, tokenizer)
     return new_model(backbone, codebooks, cfg.codebook_size, speaker_size, tokenizer), tokenizer

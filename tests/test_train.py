@@ -251,6 +251,21 @@ def test_bad_settings_files(fails, tiny_data, tmp_path):
     (tiny_data / "info.json").unlink()
 
 
+@pytest.mark.parametrize("change", [
+    {"utterances": []}, {"dsu_c1_path": []}, "end_time", "backchannels"])
+def test_a_dialogue_that_cannot_be_used_is_left_out(change, dialogues, tiny, tmp_path, capsys):
+    """Also of what a new Llama's tokenizer learns on, and as the first one."""
+    bad = json.loads(json.dumps(dialogues[1]))
+    for utterance in bad["utterances"] if type(change) is str else ():
+        utterance[change] = None
+    bad |= change if type(change) is dict else {}
+    write_split(tmp_path, [bad, *dialogues[:5]], "train")
+    words = [*tiny, f"data={tmp_path}", "val_split=train", "steps=1"]
+    train.main([*words, f"out={tmp_path}/a"])
+    assert "2 of 6 dialogues are dropped" in capsys.readouterr().out
+    refuses("none of the 1 dialogues can be used", *words, f"out={tmp_path}/b", "limit=1")
+
+
 def test_lengths_are_compared_with_what_the_model_knows(tiny_data, tiny, tmp_path, capsys):
     """What max_frames cuts off is said; what the backbone has no position for, refused."""
     words = [*tiny, f"data={tiny_data}", "steps=1"]
