@@ -273,12 +273,19 @@ def read_scenes(path, split, dialogues, fmt, axes):
     try:
         if found["split"] != split:
             raise InputError(f"{path}: is of split {found['split']}, not {split}; cut that one")
+        if found.get("dialogues", len(dialogues)) != len(dialogues):
+            raise InputError(f"{path}: is of {found['dialogues']} dialogues, the data set has "
+                             f"{len(dialogues)}; {what}")
         for entry in found["segments"]:
-            length = min(len(dialogues[entry["dialogue"]]["dsu_c1_path"][0]), fmt.max_frames)
+            length = len(dialogues[entry["dialogue"]]["dsu_c1_path"][0])
+            if entry.get("frames", length) != length:  # older files do not tell
+                raise InputError(f"{path}: was cut from another data set, where dialogue "
+                                 f"{entry['dialogue']} has {entry['frames']} frames, not {length}; "
+                                 f"{what}")
             if (not 0 <= entry["begin"] < entry["end"] or not entry["events"]
                     or entry["dialogue"] < 0):
                 raise InputError(f"{path}: the segment {entry} is none; {what}")
-            if entry["end"] <= length and entry["user"] in (0, 1):
+            if entry["end"] <= min(length, fmt.max_frames) and entry["user"] in (0, 1):
                 kept[entry["axis"]].append(entry)
     except (KeyError, TypeError, IndexError) as e:
         raise InputError(f"{path}: does not fit the data set ({type(e).__name__}: {e}); {what}") \
