@@ -346,6 +346,14 @@ def test_events_that_are_not_marked_are_counted(tmp_path, make, capsys, events, 
         assert row["utterances"][0]["backchannels"] == marked["utterances"][0]["backchannels"]
 
 
+def test_a_codec_computes_in_whole_float32(codec, monkeypatch):
+    """On CUDA, convolutions would be in TF32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    prepare.codec_on.cache_clear()
+    prepare.codec_on(codec, "cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_interruptions_are_marked():
     def utterance(speaker, start, count):
         words = [{"word": "so", "start": start + 0.5 * k, "dur": 0.4} for k in range(count)]
