@@ -47,7 +47,8 @@ from turns import merge_words
 
 
 class Steered(Draws):
-    """Draws of the rule "due minus done": `bias` (B, V) is added to the text logits."""
+    """`bias`, (V,) or (B, V), is added to the text logits: for ids that are no tokens -inf, and
+    what the rule "due minus done" says."""
     bias = 0.0
 
     def text(self, logits, u, rows):
@@ -90,8 +91,8 @@ def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
         raise InputError(f"the longest prompt and {frames} frames are more than the model's "
                          f"{model.backbone.config.max_position_embeddings} positions; give a "
                          "smaller frames= or context=")
-    if asked is not None:
-        batch.draws = Steered(run.decisions, model.num_codebooks, len(order))
+    batch.draws = Steered(run.decisions, model.num_codebooks, len(order))
+    tokens = batch.draws.bias = torch.where(run.classes == 4, -torch.inf, 0.0)
     rng = random.Random(seed)
     seeds = [rng.randrange(2 ** 31) for _ in range(len(order) // sides)]
     text = torch.zeros(len(order), d + frames, dtype=torch.long, device=run.device)
@@ -109,7 +110,7 @@ def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
         if t + 1 == frames or (t % LOOK == 0 and over.all()):
             break
         if asked is not None:
-            batch.draws.bias = due_minus_done(run, text, d + t, asked)
+            batch.draws.bias = tokens + due_minus_done(run, text, d + t, asked)
         batch.step(heard[:, :, d + t])
     ended = (said == model.codebook_size + 1).any(1).unflatten(0, (-1, sides)).any(1)
     ended = ended.repeat_interleave(sides, 0)  # (B, F)
@@ -329,6 +330,7 @@ def anchor_batch(run, split, keys):
 def text_ids(tokenizer, size, device):
     """Which text ids are decisions, and the classes of all, as of Run: two (V,)."""
     classes = torch.full((size,), 3)
+    classes[len(tokenizer):] = 4  # of a backbone whose vocabulary is padded
     classes[tokenizer.convert_tokens_to_ids([SILENCE_PAD, tokenizer.eos_token])] = 0
     for number, kind in ((1, "backchannel"), (2, "interruption")):
         classes[mark_ids(tokenizer, kind)] = number

@@ -170,6 +170,20 @@ def test_no_advantage_leaves_the_weights_alone(start):
                                                          run.start.parameters()))
 
 
+def test_ids_that_are_no_tokens_are_not_drawn(folder, start, tmp_path):
+    """A backbone may have a padded vocabulary; here these ids' logits are the largest."""
+    model, tokenizer, fmt, config = load_checkpoint(folder / "model")
+    model.backbone.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    model.backbone.get_input_embeddings().weight.data[len(tokenizer):] *= 100
+    save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {"sampling": config["sampling"]})
+    run = start(f"model={tmp_path}/model")
+    assert len(run.classes) == len(tokenizer) + 8
+    rows = reinforce.draw_rows(run)
+    assert max(row["text"].max() for row in rows) < len(tokenizer)
+    reinforce.set_advantages(run, rows)
+    assert all(map(math.isfinite, reinforce.update(run, rows).values()))
+
+
 def test_advantages(start):
     """Group baselines; a reward's unit is its spread over the batch; raft takes the right ones."""
     run = start()
@@ -226,7 +240,9 @@ def test_run_goes_on(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         reinforce.main([*words, f"out={tmp_path}/part"])
     monkeypatch.setattr(reinforce, "update", original)
+    (tmp_path / "part" / "state.pt.1.tmp").write_text("of a kill")
     reinforce.main([*words, f"out={tmp_path}/part", "resume=true"])
+    assert not [*(tmp_path / "part").glob("*.tmp")]
     assert "update 2/2" in capsys.readouterr().out
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True)
               for name in ("whole", "part")]
@@ -399,6 +415,19 @@ def test_what_is_wrong_is_one_line(folder, start, tmp_path):
     (tmp_path / "s.json").write_text('{"split": "train", "segments": [{"axis": "turn"}]}')
     with pytest.raises(InputError, match="does not fit the data set"):
         start(f"segments={tmp_path}/s.json")
+    found = json.loads((folder / "train.json").read_text())
+    first = len(load_dialogues(folder / "data", "train")[0]["dsu_c1_path"][0])
+    for frames, count, message in ((first, 8, ""), (first + 1, 8, "another data set, where dialo"),
+                                   (first, 9, "is of 9 dialogues, the data set has 8")):
+        found |= {"dialogues": count}
+        for entry in found["segments"]:
+            entry |= {"frames": frames} if entry["dialogue"] == 0 else {}
+        (tmp_path / "s.json").write_text(json.dumps(found))
+        if not message:
+            assert start(f"segments={tmp_path}/s.json").scenes["train"]["turn"]
+            continue
+        with pytest.raises(InputError, match=message):
+            start(f"segments={tmp_path}/s.json")
     for name in ("nano", "factor"):
         config = f"{ROOT}/configs/reinforce_{name}.yaml"
         assert reinforce.load_settings(reinforce.Config, [config]).policy == "classes"
