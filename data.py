@@ -396,8 +396,9 @@ def taken_up(batch, rare, decisions):
     return (asked & ~said | begins) & text_mask(batch)  # prompts are padded with the end token
 
 
-def new_tokenizer(dialogues, vocab_size, fmt):
-    """A byte-level BPE tokenizer learnt on the dialogues' prompts and words (of load_dialogues).
+def new_tokenizer(dialogues, vocab_size, fmt, limit=0):
+    """A byte-level BPE tokenizer learnt on the prompts and words of dialogues (of load_dialogues;
+    limit: only the first so many, 0 for all), but not of those that cannot be used.
 
     With enough room, every word that occurs is one token, and the same one wherever it stands: text
     is lower-cased and each word gets a leading space, so that "Hi (Anna)." in the prompt and "anna"
@@ -405,8 +406,8 @@ def new_tokenizer(dialogues, vocab_size, fmt):
     thing of the prompt a matter of copying. Other text still encodes, in pieces, down to bytes.
     """
     def texts():
-        for dialogue in dialogues.remove_columns(["dsu_c2_path"]):  # less to read
-            for side in (0, 1):
+        for dialogue in itertools.islice(dialogues, limit or None):
+            for side in (0, 1) if is_usable(dialogue, fmt) else ():
                 yield instruction(dialogue, side, fmt)
                 for segment, _, _ in segments(dialogue, side):
                     yield " ".join(word["word"] for word in segment["words"] or [])
@@ -496,6 +497,28 @@ def check_dialogue(dialogue, fmt):
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
         raise InputError(f"something is missing or of another form: {type(e).__name__}: "
                          f"{e}; prepare it again") from e
+
+
+def is_usable(dialogue, fmt):
+    """Whether check_dialogue takes a dialogue; what it refuses is named where all are laid out."""
+    try:
+        check_dialogue(dialogue, fmt)
+    except InputError:
+        return False
+    return True
+
+
+def first_usable(dialogues, fmt, limit=0):
+    """The first of the dialogues, of the first `limit` if not 0, that can be used. Raises
+    InputError if none can."""
+    count, reason = 0, "it is empty"
+    for count, dialogue in enumerate(itertools.islice(dialogues, limit or None), 1):
+        try:
+            check_dialogue(dialogue, fmt)
+            return dialogue
+        except InputError as e:
+            reason = f"dialogue {dialogue_name(dialogue)}: {e}" if count == 1 else reason
+    raise InputError(f"none of the {count} dialogues can be used; {reason}")
 
 
 def check_codes(dialogue, fmt):

@@ -299,8 +299,8 @@ def lost_backchannels(row):
 
 def mark_events(row):
     """Marks backchannels and interruptions anew, as evaluate.py hears them (turns.py, paper C.2): a
-    backchannel moves into the utterance that it lies in, an interruption's uttr_type is
-    "interrupt"."""
+    backchannel moves into the utterance that it lies in or, where the transcript splits the other's
+    turn at it, the one before it; an interruption's uttr_type is "interrupt"."""
     said = []
     for u in row["utterances"]:
         said.append(as_utterance(u, u["speaker_idx"], row["speakers"]))
@@ -314,8 +314,10 @@ def mark_events(row):
         own = [s for s in heard if s["speaker"] == u["speaker_idx"]]
         if any(s["label"] == "interruption" and abs(s["start"] - start) < 0.01 for s in own):
             u["uttr_type"] = "interrupt"
-        hosts = [h for h in utterances if h["speaker_idx"] != u["speaker_idx"]
-                 and h["start_time"] <= start and end <= h["end_time"]]
+        turns = [s["start"] for s in heard
+                 if s["speaker"] != u["speaker_idx"] and s["start"] <= start]
+        hosts = [h for h in utterances if h["speaker_idx"] != u["speaker_idx"] and turns
+                 and h["start_time"] <= start and end_of(h["words"][-1]) > turns[-1]]
         if hosts and any(s["label"] == "backchannel" and s["start"] <= start + 0.01
                          and end <= s["end"] + 0.01 for s in own):
             hosts[-1]["backchannels"].append({key: u[key] for key, _ in SEGMENT})
@@ -409,6 +411,7 @@ def part_of(segment, start, end):
 @functools.cache
 def codec_on(path, device):
     """The codec, once per process."""
+    torch.backends.cudnn.allow_tf32 = False  # with its 10 bits, codes would differ from a CPU's
     return load_codec(path).to(device)
 
 

@@ -32,7 +32,7 @@ Writes to `out`: best/ (by rewards.score: held-out counts, and the axes' rewards
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,7 +50,7 @@ from config import (
     write_atomically,
     write_csv,
 )
-from data import SILENCE_PAD, load_dialogues
+from data import SILENCE_PAD, data_info, first_usable, load_dialogues
 from generate import Sampler
 from model import load_checkpoint, save_checkpoint
 from rewards import AXES, WEIGHTS, count_figures, draw_curves, merged, score
@@ -113,7 +113,7 @@ class Run:
     scenes: dict  # the same -> entries of a segments file
     sampling: dict  # keywords of Sampler
     decisions: torch.Tensor  # (V,) which text ids are decisions, not words
-    classes: torch.Tensor  # (V,) 0: silent, 1: backchannel, 2: interruption, 3: speaks
+    classes: torch.Tensor  # (V,) 0: silent, 1: backchannel, 2: interruption, 3: speaks, 4: no token
     judge: Any  # (model, tokenizer) or None
     optimizer: Any
     bf16: bool  # whether the update's matrix products are in bfloat16
@@ -130,9 +130,10 @@ def log_policy(logits, run):
     """Text logits (..., V) -> log-probabilities (..., V) with which Sampler draws: the decision at
     its temperature, then, if it is a word, which one at the words'."""
     (decision, _, _), (word, _, _), _ = Sampler([], **run.sampling).kinds()
-    first = (logits.float() / decision).log_softmax(-1)
+    logits = logits.float().masked_fill(run.classes == 4, -1e4)  # finite: KL takes differences
+    first = (logits / decision).log_softmax(-1)
     is_word = first.masked_fill(run.decisions, -torch.inf).logsumexp(-1, keepdim=True)
-    which = (logits.float() / word).masked_fill(run.decisions, -torch.inf).log_softmax(-1)
+    which = (logits / word).masked_fill(run.decisions, -torch.inf).log_softmax(-1)
     return torch.where(run.decisions, first, is_word + which)
 
 
@@ -357,20 +358,37 @@ def setup(cfg):
         raise InputError(f"{cfg.model}: `sampling` in its config.json draws the text greedily")
     files = {"train": cfg.segments, "validation": cfg.val_segments}
     dialogues = {split: load_dialogues(cfg.data, split) for split in files}
+    check_data(cfg, model, fmt, trained, dialogues)
     scenes = {split: read_scenes(files[split], split, dialogues[split], fmt, cfg.axes.split())
               for split in files}
     decisions, classes = text_ids(tokenizer, model.backbone.vocab_size, device)
     judge = load_chat_model(cfg.judge) if cfg.judge else None
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0.0)
-    bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else cfg.cpu_bf16
+    bf16 = cfg.cpu_bf16
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     run = Run(cfg, rank, world, device, model, start, tokenizer, fmt, trained, dialogues, scenes,
               sampling, decisions, classes, judge, optimizer, bf16)
     return take_up(run) if cfg.resume else run
 
 
+def check_data(cfg, model, fmt, trained, dialogues):
+    """Raise InputError where the data set's codec or speaker encoder is not the model's."""
+    made_for = {"codebooks": model.num_codebooks, "codebook_size": fmt.codebook_size,
+                "speaker numbers": model.speaker_size}
+    size = data_info(cfg.data).get("codebook_size", fmt.codebook_size)
+    for opened in dialogues.values():
+        first = first_usable(opened, replace(fmt, codebook_size=size))
+        asked = {"codebooks": len(first["dsu_c1_path"]), "codebook_size": size,
+                 "speaker numbers": model.speaker_size and len(first["spk_emb_c1"])}
+        train.check_fit(cfg.model, cfg.data, trained, made_for, asked)
+
+
 def take_up(run):
     """The run where out/state.pt was written."""
     state = train.read_state(run.cfg, run.device, MAY_CHANGE, "model")
+    if run.rank == 0:
+        train.remove_leftovers(run.cfg.out)
     if run.rank == 0 and (before := state.get("world", run.world)) != run.world:
         print(f"note: {before} processes before, {run.world} now; the rollouts are others than in "
               "one go", flush=True)

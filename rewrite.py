@@ -296,6 +296,10 @@ def main(argv):
     if not wanted or out.resolve() == data.resolve():
         raise InputError(f"data={data}, out={out}: give the folder that holds a data set's "
                          "SPLIT-*.parquet, and another one")
+    others = {path.name for path in out.glob("*.parquet")} - {path.name for path in wanted}
+    if others:  # training would read them too
+        raise InputError(f"{out}: already holds {', '.join(sorted(others)[:3])}, which {data} does "
+                         "not; give another out= or remove them")
     make_folder(out)
     asked = {key: value for key, value in asdict(settings).items() if key not in ("out", "batch")}
     results, journal = open_journal(out / "rewritten.jsonl", asked)

@@ -16,6 +16,7 @@ from data import (
     SILENCE_PAD,
     collate,
     decision_ids,
+    is_usable,
     make_prompt,
     mark_ids,
     pad_left,
@@ -46,7 +47,8 @@ from turns import merge_words
 
 
 class Steered(Draws):
-    """Draws of the rule "due minus done": `bias` (B, V) is added to the text logits."""
+    """`bias`, (V,) or (B, V), is added to the text logits: for ids that are no tokens -inf, and
+    what the rule "due minus done" says."""
     bias = 0.0
 
     def text(self, logits, u, rows):
@@ -89,8 +91,8 @@ def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
         raise InputError(f"the longest prompt and {frames} frames are more than the model's "
                          f"{model.backbone.config.max_position_embeddings} positions; give a "
                          "smaller frames= or context=")
-    if asked is not None:
-        batch.draws = Steered(run.decisions, model.num_codebooks, len(order))
+    batch.draws = Steered(run.decisions, model.num_codebooks, len(order))
+    tokens = batch.draws.bias = torch.where(run.classes == 4, -torch.inf, 0.0)
     rng = random.Random(seed)
     seeds = [rng.randrange(2 ** 31) for _ in range(len(order) // sides)]
     text = torch.zeros(len(order), d + frames, dtype=torch.long, device=run.device)
@@ -108,7 +110,7 @@ def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
         if t + 1 == frames or (t % LOOK == 0 and over.all()):
             break
         if asked is not None:
-            batch.draws.bias = due_minus_done(run, text, d + t, asked)
+            batch.draws.bias = tokens + due_minus_done(run, text, d + t, asked)
         batch.step(heard[:, :, d + t])
     ended = (said == model.codebook_size + 1).any(1).unflatten(0, (-1, sides)).any(1)
     ended = ended.repeat_interleave(sides, 0)  # (B, F)
@@ -136,10 +138,11 @@ def teach(batch, scene, t, delay):
 
 
 def scene_of(run, entry, dialogue, context):
-    """What is needed to play a segment, with up to `context` frames in front; None where the other
-    side's text cannot be laid out."""
+    """What is needed to play a segment, with up to `context` frames in front; None where the
+    dialogue cannot be used or the other side's text not be laid out."""
     system = 1 - entry["user"]
-    item = streams(dialogue, system, run.tokenizer, run.fmt)
+    usable = is_usable(dialogue, run.fmt)
+    item = streams(dialogue, system, run.tokenizer, run.fmt) if usable else None
     if item is None:
         return None
     first, d = max(0, entry["begin"] - context), run.fmt.delay
@@ -230,7 +233,10 @@ def draw_rows(run):
     seed = f"{cfg.seed}/{run.step}/{run.rank}"
     rng, dialogues, rows = random.Random(seed), run.dialogues["train"], []
     if cfg.pairs:
-        drawn = [dialogues[rng.randrange(len(dialogues))] for _ in range(cfg.pairs)]
+        drawn = []
+        while len(drawn) < cfg.pairs:  # setup has found one that can be used
+            dialogue = dialogues[rng.randrange(len(dialogues))]
+            drawn += [dialogue] if is_usable(dialogue, run.fmt) else []
         rows += talks(run, drawn, cfg.group, seed, cfg.control > 0)
     if run.scenes["train"] and cfg.method != "raft":
         context = rng.choice([0, rng.randint(0, cfg.context)])
@@ -247,9 +253,10 @@ def held_out_rows(run):
     """The rows of this process that the best is chosen by: the same at every call, but for the
     model."""
     cfg, dialogues, rows = run.cfg, run.dialogues["validation"], []
-    mine = range(run.rank, min(cfg.eval_pairs, len(dialogues)), run.world)
+    mine = [dialogues[i] for i in range(run.rank, min(cfg.eval_pairs, len(dialogues)), run.world)]
+    mine = [dialogue for dialogue in mine if is_usable(dialogue, run.fmt)]
     if cfg.pairs and mine:
-        rows += talks(run, [dialogues[i] for i in mine], 1, f"held out/{run.rank}",
+        rows += talks(run, mine, 1, f"held out/{run.rank}",
                       cfg.control > 0 and not cfg.updates)
     entries = [entry for some in run.scenes["validation"].values()
                for entry in some[run.rank:cfg.eval_pairs:run.world]]
@@ -267,12 +274,19 @@ def read_scenes(path, split, dialogues, fmt, axes):
     try:
         if found["split"] != split:
             raise InputError(f"{path}: is of split {found['split']}, not {split}; cut that one")
+        if found.get("dialogues", len(dialogues)) != len(dialogues):
+            raise InputError(f"{path}: is of {found['dialogues']} dialogues, the data set has "
+                             f"{len(dialogues)}; {what}")
         for entry in found["segments"]:
-            length = min(len(dialogues[entry["dialogue"]]["dsu_c1_path"][0]), fmt.max_frames)
+            length = len(dialogues[entry["dialogue"]]["dsu_c1_path"][0])
+            if entry.get("frames", length) != length:  # older files do not tell
+                raise InputError(f"{path}: was cut from another data set, where dialogue "
+                                 f"{entry['dialogue']} has {entry['frames']} frames, not {length}; "
+                                 f"{what}")
             if (not 0 <= entry["begin"] < entry["end"] or not entry["events"]
                     or entry["dialogue"] < 0):
                 raise InputError(f"{path}: the segment {entry} is none; {what}")
-            if entry["end"] <= length and entry["user"] in (0, 1):
+            if entry["end"] <= min(length, fmt.max_frames) and entry["user"] in (0, 1):
                 kept[entry["axis"]].append(entry)
     except (KeyError, TypeError, IndexError) as e:
         raise InputError(f"{path}: does not fit the data set ({type(e).__name__}: {e}); {what}") \
@@ -300,7 +314,9 @@ def pad_rows(rows, end_token, device):
 def anchor_batch(run, split, keys):
     """Dialogues of the data set, keys [(index, side)], as a batch of data.collate for the
     supervised loss; what the model hears itself say is spoiled as in its training."""
-    items = [streams(run.dialogues[split][i], side, run.tokenizer, run.fmt) for i, side in keys]
+    drawn = [(run.dialogues[split][i], side) for i, side in keys]
+    items = [streams(dialogue, side, run.tokenizer, run.fmt) for dialogue, side in drawn
+             if is_usable(dialogue, run.fmt)]
     if not any(items):
         raise InputError(f"none of the dialogues {keys} of {run.cfg.data} can be laid out")
     batch = collate([item for item in items if item], run.tokenizer.eos_token_id, run.fmt)
@@ -314,6 +330,7 @@ def anchor_batch(run, split, keys):
 def text_ids(tokenizer, size, device):
     """Which text ids are decisions, and the classes of all, as of Run: two (V,)."""
     classes = torch.full((size,), 3)
+    classes[len(tokenizer):] = 4  # of a backbone whose vocabulary is padded
     classes[tokenizer.convert_tokens_to_ids([SILENCE_PAD, tokenizer.eos_token])] = 0
     for number, kind in ((1, "backchannel"), (2, "interruption")):
         classes[mark_ids(tokenizer, kind)] = number

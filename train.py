@@ -48,6 +48,7 @@ from data import (
     data_info,
     decision_ids,
     epoch_batches,
+    first_usable,
     load_dialogues,
     made_with,
     new_tokenizer,
@@ -157,7 +158,7 @@ class Run:
         """Whether matrix products are computed in bfloat16 (paper table 5); weights, gradients and
         AdamW's averages stay in float32."""
         if self.device.type == "cuda":
-            return torch.cuda.is_bf16_supported()
+            return torch.cuda.is_bf16_supported(including_emulation=False)
         return self.cfg.cpu_bf16
 
     def say(self, text):
@@ -184,6 +185,9 @@ def check_settings(cfg):
     for key in ("lr", "clip"):
         if getattr(cfg, key) <= 0:
             raise InputError(f"{key}={getattr(cfg, key)}: must be more than 0")
+    if cfg.lr < cfg.min_lr:  # the cosine would rise
+        raise InputError(f"lr={cfg.lr}: must be at least min_lr={cfg.min_lr}, where it ends; lower "
+                         "min_lr too")
     if cfg.save_dtype not in ("float32", "bfloat16"):
         raise InputError(f"save_dtype={cfg.save_dtype}: use float32 or bfloat16")
     stored_sampling(cfg.sampling)
@@ -286,10 +290,10 @@ def build(cfg, fmt, dialogues):
     """The model and tokenizer that the config asks for: of a checkpoint, around a pretrained or
     random backbone, or around a new Llama. A run that goes on takes those of its own out/last.
 
-    dialogues: the training split, of load_dialogues; its first tells the sizes, and a new Llama's
-    tokenizer learns on it.
+    dialogues: the training split, of load_dialogues; its first that can be used tells the sizes,
+    and a new Llama's tokenizer learns on it.
     """
-    first = next(iter(dialogues))
+    first = first_usable(dialogues, fmt, cfg.limit)
     codebooks = len(first["dsu_c1_path"])
     speaker_size = len(first["spk_emb_c1"]) if cfg.speaker_embedding else 0
     if cfg.resume or cfg.init:
@@ -298,7 +302,7 @@ def build(cfg, fmt, dialogues):
         backbone, tokenizer = load_backbone(cfg)
         tokenizer.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
     else:
-        tokenizer = new_tokenizer(dialogues, cfg.vocab_size, fmt)
+        tokenizer = new_tokenizer(dialogues, cfg.vocab_size, fmt, cfg.limit)
         tokenizer.add_special_tokens({"additional_special_tokens": EXTRA_TOKENS})
         backbone = new_llama(cfg, tokenizer)
     return new_model(backbone, codebooks, cfg.codebook_size, speaker_size, tokenizer), tokenizer
@@ -309,18 +313,25 @@ def from_checkpoint(cfg, fmt, codebooks, speaker_size):
     or the settings are others than those it was trained with."""
     source = f"{cfg.out}/last" if cfg.resume else cfg.init
     model, tokenizer, saved, trained = load_checkpoint(source)
-    made_for = vars(saved) | {"codebooks": model.num_codebooks,
-                              "speaker numbers": model.speaker_size}
-    asked = vars(fmt) | {"codebooks": codebooks, "speaker numbers": speaker_size}
-    for key, value in made_with(cfg.data).items():
-        if key in trained and (speaker_size or key == "codec_fingerprint"):
-            made_for[key], asked[key] = trained[key], value
+    check_fit(source, cfg.data, trained,
+              vars(saved) | {"codebooks": model.num_codebooks,
+                             "speaker numbers": model.speaker_size},
+              vars(fmt) | {"codebooks": codebooks, "speaker numbers": speaker_size})
+    return model.train(), tokenizer
+
+
+def check_fit(source, data, trained, made_for, asked):
+    """Raise InputError where the checkpoint `source` does not fit the data set: of another codec,
+    say. trained: its config.json; made_for, asked: what it was made for and what is there now,
+    dicts of the same keys."""
+    for key, value in made_with(data).items():
+        if key in trained and (asked["speaker numbers"] or key == "codec_fingerprint"):
+            made_for, asked = made_for | {key: trained[key]}, asked | {key: value}
     differs = [f"{key} {value} (now {asked[key]})" for key, value in made_for.items()
                if value != asked[key] and key != "max_frames"]
     if differs:
         raise InputError(f"{source} was trained with another {', '.join(differs)}; use its data "
                          "and settings")
-    return model.train(), tokenizer
 
 
 def make_optimizers(model, cfg):
@@ -441,9 +452,17 @@ def read_state(cfg, device, may_change=MAY_CHANGE, start="init"):
     return state
 
 
+def remove_leftovers(out):
+    """Remove what kills in the middle of writing out/state.pt left (config.write_atomically)."""
+    for path in Path(out).glob("state.pt.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def resume(run):
     """Take the run up where out/state.pt was written."""
     state = read_state(run.cfg, run.device)
+    if run.rank == 0:
+        remove_leftovers(run.cfg.out)
     if state["world"] != run.world:
         if run.cfg.streaming:
             raise InputError(f"{run.cfg.out}/state.pt was made by {state['world']} processes; a "
@@ -485,8 +504,8 @@ def is_complete(row, last_step):
 
 def whole_states(run):
     """The state dicts of model and optimizers. If they are split over the processes (fsdp), all
-    call this, and the first gets them."""
-    if not isinstance(run.network, FSDPModule):
+    call this, and the first gets them; with fsdp one process gives the same form as several."""
+    if not run.cfg.fsdp:
         return run.model.state_dict(), [o.state_dict() for o in run.optimizers]
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     together = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -495,7 +514,7 @@ def whole_states(run):
 
 def load_whole(run, weights, averages):
     """Load what whole_states gave."""
-    if not isinstance(run.network, FSDPModule):
+    if not run.cfg.fsdp:
         run.model.load_state_dict(weights)
         for optimizer, state in zip(run.optimizers, averages, strict=True):
             optimizer.load_state_dict(state)

@@ -382,6 +382,13 @@ def test_every_word_is_one_token(whole_words, dialogues):
         assert whole_words.decode([one]) == " " + word.lower()
 
 
+def test_tokenizer_learns_on_no_more_than_the_limit(dialogues):
+    read = iter(dialogues)
+    two = new_tokenizer(read, 8192, FORMAT, limit=2)
+    assert next(read) is dialogues[2] and two.get_vocab() == new_tokenizer(
+        dialogues[:2], 8192, FORMAT).get_vocab()
+
+
 def test_other_text_is_encoded_too(whole_words):
     for text in ("zyxw 日本 Łódź", "3.50 well-known", "don’t"):
         plain = text.lower().replace("’", "'")

@@ -346,6 +346,14 @@ def test_events_that_are_not_marked_are_counted(tmp_path, make, capsys, events, 
         assert row["utterances"][0]["backchannels"] == marked["utterances"][0]["backchannels"]
 
 
+def test_a_codec_computes_in_whole_float32(codec, monkeypatch):
+    """On CUDA, convolutions would be in TF32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    prepare.codec_on.cache_clear()
+    prepare.codec_on(codec, "cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_interruptions_are_marked():
     def utterance(speaker, start, count):
         words = [{"word": "so", "start": start + 0.5 * k, "dur": 0.4} for k in range(count)]
@@ -358,6 +366,24 @@ def test_interruptions_are_marked():
     prepare.mark_events(row)
     marks = [(u["speaker_idx"], u["uttr_type"], len(u["backchannels"])) for u in row["utterances"]]
     assert marks == [(0, None, 1), (1, "interrupt", 0), (0, None, 0)]
+
+
+@pytest.mark.parametrize("begin", [1.15, 1.35])  # over the first part's end, and behind it
+def test_a_backchannel_that_splits_the_others_turn_is_marked(begin):
+    """The transcript ends Ann's utterance where Bob says "uh-huh", and she goes on 0.4 s later."""
+    def utterance(speaker, start, text):
+        words = [{"word": word, "start": start + 0.25 * k, "dur": 0.25}
+                 for k, word in enumerate(text.split())]
+        part = {"tts_text": text, "words": words, "start_time": start,
+                "end_time": align.end_of(words[-1])}
+        return prepare.as_utterance(part, speaker, ["Ann", "Bob"])
+    said = [utterance(0, 0.0, "i went down the hill"), utterance(1, begin, "uh-huh"),
+            utterance(0, 1.65, "and bought some bread"), utterance(1, 3.5, "oh nice one")]
+    row = {"speakers": ["Ann", "Bob"], "utterances": prepare.in_order(said)}
+    prepare.mark_events(row)
+    marks = [(u["speaker_idx"], u["uttr_type"], [b["tts_text"] for b in u["backchannels"]])
+             for u in row["utterances"]]
+    assert marks == [(0, None, ["uh-huh"]), (0, None, []), (1, None, [])]
 
 
 def test_utterances_are_sorted_by_time(tmp_path, make, capsys):

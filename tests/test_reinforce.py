@@ -1,6 +1,7 @@
 """Reinforcement learning: what its typical bugs would break, rewards, and a run that goes on."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -169,6 +170,20 @@ def test_no_advantage_leaves_the_weights_alone(start):
                                                          run.start.parameters()))
 
 
+def test_ids_that_are_no_tokens_are_not_drawn(folder, start, tmp_path):
+    """A backbone may have a padded vocabulary; here these ids' logits are the largest."""
+    model, tokenizer, fmt, config = load_checkpoint(folder / "model")
+    model.backbone.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    model.backbone.get_input_embeddings().weight.data[len(tokenizer):] *= 100
+    save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {"sampling": config["sampling"]})
+    run = start(f"model={tmp_path}/model")
+    assert len(run.classes) == len(tokenizer) + 8
+    rows = reinforce.draw_rows(run)
+    assert max(row["text"].max() for row in rows) < len(tokenizer)
+    reinforce.set_advantages(run, rows)
+    assert all(map(math.isfinite, reinforce.update(run, rows).values()))
+
+
 def test_advantages(start):
     """Group baselines; a reward's unit is its spread over the batch; raft takes the right ones."""
     run = start()
@@ -225,7 +240,9 @@ def test_run_goes_on(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         reinforce.main([*words, f"out={tmp_path}/part"])
     monkeypatch.setattr(reinforce, "update", original)
+    (tmp_path / "part" / "state.pt.1.tmp").write_text("of a kill")
     reinforce.main([*words, f"out={tmp_path}/part", "resume=true"])
+    assert not [*(tmp_path / "part").glob("*.tmp")]
     assert "update 2/2" in capsys.readouterr().out
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True)
               for name in ("whole", "part")]
@@ -243,6 +260,24 @@ def test_run_goes_on(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "part" / "state.pt").write_bytes(b"cut off")
     with pytest.raises(InputError, match=f"model={tmp_path}/part/last"):
         reinforce.main([*words, f"out={tmp_path}/part", "resume=true"])
+
+
+def test_dialogues_that_cannot_be_used_are_not_drawn(folder, dialogues, start, tmp_path):
+    """Most have no utterances: talks, segments and the supervised loss leave them out."""
+    rows = [row if i < 3 else row | {"utterances": []} for i, row in enumerate(dialogues)]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "data", [*reversed(rows)], split)
+    run = start(f"data={tmp_path}/data", "eval_pairs=17")
+    assert len([row for row in reinforce.draw_rows(run) if "asked" in row]) == 2 * 2 * 4
+    assert len([row for row in reinforce.held_out_rows(run) if "asked" in row]) == 2 * 3
+    keys = [(i, 0) for i in range(len(rows))]
+    assert reinforce.supervised_loss(run, "train", keys)["loss"].isfinite()
+    with pytest.raises(InputError, match="none of the dialogues .* can be laid out"):
+        reinforce.supervised_loss(run, "train", keys[:2])
+    for split in ("train", "validation"):
+        write_split(tmp_path / "data", rows[3:], split)
+    with pytest.raises(InputError, match="none of the 5 dialogues can be used; .*no utterances"):
+        start(f"data={tmp_path}/data", axes=False)
 
 
 def test_scene(start, dialogues):
@@ -338,6 +373,33 @@ def test_raft_may_learn_from_the_rules_dialogues(start, monkeypatch):
     assert not helped
 
 
+@pytest.mark.parametrize("change, info, message", [
+    ({}, {"codec_fingerprint": "b2"}, "another codec_fingerprint a1 .now b2.; use its data"),
+    ({}, {"speaker_encoder": "resemblyzer"}, "another speaker_encoder ecapa .now resemblyzer"),
+    ({}, {"codebook_size": 100}, "another codebook_size 64 .now 100"),
+    ({"spk_emb_c1": 10 * [0.1], "spk_emb_c2": 10 * [0.1]}, {}, "another speaker numbers 192 .now"),
+    ({"dsu_c1_path": 2, "dsu_c2_path": 2}, {}, "another codebooks 4 .now 8")])
+def test_data_that_does_not_fit_the_model_is_refused(folder, dialogues, start, tmp_path, change,
+                                                     info, message):
+    """As train.py and generate.py do: codes and vectors would mean something else."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"codec_fingerprint": "a1", "speaker_encoder": "ecapa"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    rows = [row | {key: value if type(value) is list else row[key] * value
+                   for key, value in change.items()} for row in dialogues[:2]]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "data", rows, split)
+    words = [f"model={tmp_path}/model", f"data={tmp_path}/data"]
+    made = {"codec_fingerprint": "a1", "speaker_encoder": "ecapa"}
+    if not change:
+        (tmp_path / "data" / "info.json").write_text(json.dumps(made))
+        assert start(*words, axes=False)
+    (tmp_path / "data" / "info.json").write_text(json.dumps(made | info))
+    with pytest.raises(InputError, match=message):
+        start(*words, axes=False)
+
+
 def test_what_is_wrong_is_one_line(folder, start, tmp_path):
     for words, message in (
             (["group=1"], "at least 2"), (["policy=words"], "classes or tokens"),
@@ -353,6 +415,19 @@ def test_what_is_wrong_is_one_line(folder, start, tmp_path):
     (tmp_path / "s.json").write_text('{"split": "train", "segments": [{"axis": "turn"}]}')
     with pytest.raises(InputError, match="does not fit the data set"):
         start(f"segments={tmp_path}/s.json")
+    found = json.loads((folder / "train.json").read_text())
+    first = len(load_dialogues(folder / "data", "train")[0]["dsu_c1_path"][0])
+    for frames, count, message in ((first, 8, ""), (first + 1, 8, "another data set, where dialo"),
+                                   (first, 9, "is of 9 dialogues, the data set has 8")):
+        found |= {"dialogues": count}
+        for entry in found["segments"]:
+            entry |= {"frames": frames} if entry["dialogue"] == 0 else {}
+        (tmp_path / "s.json").write_text(json.dumps(found))
+        if not message:
+            assert start(f"segments={tmp_path}/s.json").scenes["train"]["turn"]
+            continue
+        with pytest.raises(InputError, match=message):
+            start(f"segments={tmp_path}/s.json")
     for name in ("nano", "factor"):
         config = f"{ROOT}/configs/reinforce_{name}.yaml"
         assert reinforce.load_settings(reinforce.Config, [config]).policy == "classes"

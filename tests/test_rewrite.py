@@ -107,6 +107,15 @@ def test_goes_on_where_it_was_cut_off(folder, monkeypatch):
         run(folder, "style=goal")
 
 
+def test_shards_of_another_data_set_are_not_mixed_in(folder, monkeypatch):
+    answers(monkeypatch, lambda prompt, temperature: GOOD[speaker(prompt)])
+    run(folder)
+    run(folder)  # the same ones are written again
+    (folder / "data" / "test-00000-of-00001.parquet").unlink()
+    with pytest.raises(InputError, match="already holds test-00000-of-00001.parquet, which "):
+        run(folder)
+
+
 def test_goals(folder, monkeypatch):
     asked = answers(monkeypatch, lambda prompt, temperature: (
         "You want to find your keys, and Bob may help." if "of Ann, who talks to Bob" in prompt

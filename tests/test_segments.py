@@ -82,6 +82,7 @@ def test_command(tmp_path, capsys):
     assert "pause: 2 found, 1 kept, 4.8 s each" in printed.out
     assert "left out dialogue 1: " in printed.err
     result = json.loads((tmp_path / "s.json").read_text())
+    assert result["dialogues"] == 3 and {s["frames"] for s in result["segments"]} == {250}
     assert result["split"] == "train" and set(FIND) >= {s["axis"] for s in result["segments"]}
     with pytest.raises(InputError, match="no segment of any kind"):
         main([f"data={tmp_path}", f"out={tmp_path}/s.json", "pause_in=9"])

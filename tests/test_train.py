@@ -128,6 +128,11 @@ def test_fsdp_gives_the_same_losses(run, tiny_data, tiny, tmp_path):
     one, other = (load_checkpoint(tmp_path / name / "last")[0] for name in ("one", "split"))
     for a, b in zip(one.parameters(), other.parameters()):
         assert torch.allclose(a, b, atol=1e-4)
+    train.main([*split, "steps=6", "resume=true"])  # one process takes it up, and two do again
+    run("train.py", *split, "steps=8", "resume=true", processes=2)
+    assert list(losses(tmp_path / "split")) == list(range(1, 9))
+    averages = torch.load(tmp_path / "split" / "state.pt", weights_only=True)["optimizers"]["state"]
+    assert {int(value["step"]) for value in averages.values()} == {8}
 
 
 @pytest.fixture
@@ -169,11 +174,14 @@ def test_going_on_with_other_data(small_run, dialogues, tmp_path, capsys):
 
 
 def test_damaged_files_of_a_run(small_run):
-    """Rows of log.csv that cannot be read are left out; a state.pt that cannot is one line."""
+    """Rows of log.csv that cannot be read are left out; a state.pt that cannot is one line; what
+    kills while writing it left is removed."""
     words, data, out = small_run
+    (out / "state.pt.1.tmp").write_text("cut off")
     whole = (out / "log.csv").read_text()
     (out / "log.csv").write_bytes(whole.encode() + b"\0" * 64 + b"\n2,0.5,3.")
     train.main([*words, f"data={data}"])
+    assert not [*out.glob("*.tmp")]
     assert list(losses(out)) == [1, 2, 3, 4] and (out / "log.csv").read_text().startswith(whole)
     with open(out / "state.pt", "r+b") as file:
         file.truncate(2000)
@@ -216,6 +224,7 @@ def test_sampling_that_generation_would_refuse(tiny_data, tiny, tmp_path, sampli
 @pytest.mark.parametrize("word, message", [
     ("lr=0", "lr=0.0: must be more than 0"), ("lr=nan", "lr=nan: must be a number"),
     ("min_lr=-1", "min_lr=-1.0: must be at least 0"),
+    ("min_lr=0.01", "lr=0.001: must be at least min_lr=0.01, where it ends; lower min_lr too"),
     ("patience=0", "patience=0: must be at least 1"),
     ("user_weight=-0.5", "user_weight=-0.5: must be at least 0"),
     ("text_weight=inf", "text_weight=inf: must be a number"),
@@ -229,6 +238,14 @@ def test_sampling_that_generation_would_refuse(tiny_data, tiny, tmp_path, sampli
 ])
 def test_settings_out_of_range(word, message, tiny, tiny_data, tmp_path):
     refuses(message, *tiny, f"data={tiny_data}", f"out={tmp_path}/none", word)
+
+
+def test_bfloat16_is_used_only_where_the_gpu_computes_in_it(monkeypatch):
+    """Older ones emulate it, slower than float32."""
+    asked = unittest.mock.Mock(return_value=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
+    assert not train.Run.bf16.fget(unittest.mock.Mock(device=torch.device("cuda")))
+    asked.assert_called_once_with(including_emulation=False)
 
 
 def test_muon_needs_whole_matrices(tiny, tiny_data, tmp_path):
@@ -249,6 +266,21 @@ def test_bad_settings_files(fails, tiny_data, tmp_path):
     (tiny_data / "info.json").write_text('{"codebook_size": 64}')
     refuses("set codebook_size=64", f"data={tiny_data}", f"out={tmp_path}/x")
     (tiny_data / "info.json").unlink()
+
+
+@pytest.mark.parametrize("change", [
+    {"utterances": []}, {"dsu_c1_path": []}, "end_time", "backchannels"])
+def test_a_dialogue_that_cannot_be_used_is_left_out(change, dialogues, tiny, tmp_path, capsys):
+    """Also of what a new Llama's tokenizer learns on, and as the first one."""
+    bad = json.loads(json.dumps(dialogues[1]))
+    for utterance in bad["utterances"] if type(change) is str else ():
+        utterance[change] = None
+    bad |= change if type(change) is dict else {}
+    write_split(tmp_path, [bad, *dialogues[:5]], "train")
+    words = [*tiny, f"data={tmp_path}", "val_split=train", "steps=1"]
+    train.main([*words, f"out={tmp_path}/a"])
+    assert "2 of 6 dialogues are dropped" in capsys.readouterr().out
+    refuses("none of the 1 dialogues can be used", *words, f"out={tmp_path}/b", "limit=1")
 
 
 def test_lengths_are_compared_with_what_the_model_knows(tiny_data, tiny, tmp_path, capsys):

@@ -174,8 +174,10 @@ def cut_dialogue(dialogue, index, settings):
                 continue
             begin, end, events = result
             begin, end = frames(begin, end)
-            found.append({"axis": axis, "dialogue": index, "user": user, "begin": begin,
-                          "end": end, "events": [frames(*event) for event in events]})
+            # frames: of the dialogue, by which another data set is told
+            found.append({"axis": axis, "dialogue": index, "frames": last, "user": user,
+                          "begin": begin, "end": end,
+                          "events": [frames(*event) for event in events]})
     return found, reasons
 
 
@@ -225,7 +227,8 @@ def main(argv):
     if settings.most < 0:
         raise InputError(f"most={settings.most}: must be at least 0")
     make_folder(Path(settings.out).parent)
-    found, reasons = cut_all(load_dialogues(settings.data, settings.split), settings)
+    dialogues = load_dialogues(settings.data, settings.split)
+    found, reasons = cut_all(dialogues, settings)
     for kind, why in reasons:
         if kind == "all":
             print(f"left out {why}", file=sys.stderr)
@@ -233,7 +236,8 @@ def main(argv):
     if not kept:
         raise InputError(f"{settings.data} ({settings.split}): no segment of any kind; shorter "
                          "thresholds find more (--help names them)")
-    write_json(settings.out, {"data": settings.data, "split": settings.split, "segments": kept})
+    write_json(settings.out, {"data": settings.data, "split": settings.split,
+                              "dialogues": len(dialogues), "segments": kept})
     print(f"{len(kept)} segments in {settings.out}")
 
 
