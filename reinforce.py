@@ -32,7 +32,7 @@ Writes to `out`: best/ (by rewards.score: held-out counts, and the axes' rewards
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,7 +50,7 @@ from config import (
     write_atomically,
     write_csv,
 )
-from data import SILENCE_PAD, data_info, first_usable, load_dialogues
+from data import SILENCE_PAD, load_dialogues
 from generate import Sampler
 from model import load_checkpoint, save_checkpoint
 from rewards import AXES, WEIGHTS, count_figures, draw_curves, merged, score
@@ -358,7 +358,7 @@ def setup(cfg):
         raise InputError(f"{cfg.model}: `sampling` in its config.json draws the text greedily")
     files = {"train": cfg.segments, "validation": cfg.val_segments}
     dialogues = {split: load_dialogues(cfg.data, split) for split in files}
-    check_data(cfg, model, fmt, trained, dialogues)
+    train.check_data(cfg, model, fmt, trained, dialogues)
     scenes = {split: read_scenes(files[split], split, dialogues[split], fmt, cfg.axes.split())
               for split in files}
     decisions, classes = text_ids(tokenizer, model.backbone.vocab_size, device)
@@ -370,18 +370,6 @@ def setup(cfg):
     run = Run(cfg, rank, world, device, model, start, tokenizer, fmt, trained, dialogues, scenes,
               sampling, decisions, classes, judge, optimizer, bf16)
     return take_up(run) if cfg.resume else run
-
-
-def check_data(cfg, model, fmt, trained, dialogues):
-    """Raise InputError where the data set's codec or speaker encoder is not the model's."""
-    made_for = {"codebooks": model.num_codebooks, "codebook_size": fmt.codebook_size,
-                "speaker numbers": model.speaker_size}
-    size = data_info(cfg.data).get("codebook_size", fmt.codebook_size)
-    for opened in dialogues.values():
-        first = first_usable(opened, replace(fmt, codebook_size=size))
-        asked = {"codebooks": len(first["dsu_c1_path"]), "codebook_size": size,
-                 "speaker numbers": model.speaker_size and len(first["spk_emb_c1"])}
-        train.check_fit(cfg.model, cfg.data, trained, made_for, asked)
 
 
 def take_up(run):

@@ -18,7 +18,7 @@ import time
 import traceback
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +332,19 @@ def check_fit(source, data, trained, made_for, asked):
     if differs:
         raise InputError(f"{source} was trained with another {', '.join(differs)}; use its data "
                          "and settings")
+
+
+def check_data(cfg, model, fmt, trained, dialogues):
+    """Raise InputError where the codec or speaker encoder of cfg.data is not the model's; for who
+    trains a model on, as reinforce.py. dialogues: {split: of load_dialogues}."""
+    made_for = {"codebooks": model.num_codebooks, "codebook_size": fmt.codebook_size,
+                "speaker numbers": model.speaker_size}
+    size = data_info(cfg.data).get("codebook_size", fmt.codebook_size)
+    for opened in dialogues.values():
+        first = first_usable(opened, replace(fmt, codebook_size=size))
+        asked = {"codebooks": len(first["dsu_c1_path"]), "codebook_size": size,
+                 "speaker numbers": model.speaker_size and len(first["spk_emb_c1"])}
+        check_fit(cfg.model, cfg.data, trained, made_for, asked)
 
 
 def make_optimizers(model, cfg):
