@@ -730,7 +730,7 @@ def stream_words(text, tokenizer):
     for t, (number, token) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(ids))):
         if token == WORD_PAD and before:
             words[-1]["end"], before = (t + 1) / FRAME_RATE, "word pad"
-        elif token in pads:
+        elif token is None or token in pads:  # None: beyond the tokenizer, as padded tables have
             kind, before = (token if mark_kind(token) else ""), ""
         else:
             if before != "piece" or token[0] in "Ġ▁ ":  # as tokenizers write a leading space

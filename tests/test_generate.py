@@ -263,7 +263,8 @@ def test_stream_words():
         [SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, "[BC]", "[INTERRUPT2]"])
     hello = tokenizer.encode("hello", add_special_tokens=False)
     there = tokenizer.encode(" there", add_special_tokens=False)
-    row = [silence, mark, *hello, word, *there, utterance, count, *there, word, word]
+    beyond = len(tokenizer) + 3  # of a padded vocabulary
+    row = [beyond, mark, *hello, word, *there, utterance, count, *there, word, word]
     found = stream_words(row, tokenizer)
     assert [(w["word"], w["kind"]) for w in found] == [
         ("hello", "[BC]"), ("there", ""), ("there", "[INTERRUPT2]")]
