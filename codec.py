@@ -831,6 +831,7 @@ def load_codec(path):
     given its hub name `nvidia/...`), MiniCodec from a `.safetensors` file, Mimi from a folder or
     the hub (`kyutai/mimi`). Raises InputError on one that is missing, damaged or no codec.
     """
+    torch.backends.cudnn.allow_tf32 = False  # its 10 bits would change codes on a GPU
     if Path(path).is_dir() or (str(path).startswith("kyutai/") and not Path(path).exists()):
         return _load_mimi(str(path))
     path = _fetch(path)

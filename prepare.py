@@ -411,7 +411,6 @@ def part_of(segment, start, end):
 @functools.cache
 def codec_on(path, device):
     """The codec, once per process."""
-    torch.backends.cudnn.allow_tf32 = False  # with its 10 bits, codes would differ from a CPU's
     return load_codec(path).to(device)
 
 
