@@ -68,7 +68,7 @@ def voiced(audio, shortest=0.1, warm=True):
     Short ones count: backchannels are short.
 
     warm: it hears the audio twice, and the second time counts. Of a voice that is new to it, it is
-    unsure for some seconds, and misses a first "uh huh".
+    unsure for some seconds, and misses a first "uh huh", or begins late in it.
     """
     model = _vad()
     from silero_vad.utils_vad import get_speech_timestamps_from_probs

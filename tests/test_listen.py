@@ -67,7 +67,7 @@ def test_a_first_uh_huh_is_heard():
     codec = load_codec(ROOT / "default/codec.safetensors")
     with torch.inference_mode():
         audio = to_16k(codec.decode(torch.tensor(codes).long()[None])[0][0], codec.sample_rate)
-    assert voiced(audio, warm=False)[0][0] > 2  # misses it
+    assert voiced(audio, warm=False)[0][0] > 0.85  # late, at its second syllable
     assert voiced(audio)[0] == pytest.approx((0.67, 1.4), abs=0.1)
     assert voiced(audio[:0]) == []
 
