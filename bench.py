@@ -393,6 +393,10 @@ def main(argv):
     parts = cfg.parts.split()
     if unknown := [part for part in parts if part not in PARTS]:
         raise InputError(f"parts: there is no {unknown[0]}; use {', '.join(PARTS)}")
+    if cfg.long < 10:
+        raise InputError(f"long={cfg.long}: must be 10 or more, since tenths are compared")
+    if not cfg.backbone and (cfg.heads < 1 or cfg.hidden % cfg.heads):
+        raise InputError(f"hidden={cfg.hidden}: must be a multiple of heads={cfg.heads}")
     config = backbone_config(cfg)
     machine = this_machine(cfg)
     print(f"{machine.name}: a matrix product in {machine.dtype} {machine.products / 1e9:,.0f} "

@@ -1079,7 +1079,8 @@ def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
         if own.exists():
             told = read_prompts(own, cfg.voices)
             check_pairs(replace(cfg, prompts=str(own), first=0), model, tokenizer, told)
-        if not (kept and out.exists()):
+        made_of = [file.stat().st_mtime for file in (path, own) if file.exists()]
+        if not (kept and out.exists() and out.stat().st_mtime > max(made_of)):
             out.unlink(missing_ok=True)
             jobs.append((number, path, out, told[0][0]))
     write_json(mark, made)

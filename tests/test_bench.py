@@ -95,5 +95,9 @@ def test_bad_settings(tmp_path):
     with pytest.raises(InputError, match="there is no speed; use training, generation"):
         bench.main(["parts=speed"])
     LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="long=5: must be 10 or more"):
+        bench.main(["parts=long", "long=5"])
+    with pytest.raises(InputError, match="hidden=512: must be a multiple of heads=6"):
+        bench.main(["hidden=512"])
     with pytest.raises(InputError, match="its config.json cannot be read"):
         bench.main([f"backbone={tmp_path}/none"])

@@ -1,6 +1,7 @@
 """Generation end to end on a tiny random model: two instances, own prompts, a recording as the
 user, bad input; the running batch against the model's forward pass."""
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -203,6 +204,9 @@ def test_a_folder_of_recordings_is_answered(words, tmp_path):
     (tmp_path / "set" / "1" / "output.wav").write_bytes(b"kept")
     generate.main([*words, "--user", str(tmp_path / "set"), "resume=true"])  # the batch may differ
     assert (tmp_path / "set" / "1" / "output.wav").read_bytes() == b"kept"
+    os.utime(tmp_path / "set" / "1" / "input.wav", (2e9, 2e9))  # another recording since
+    generate.main([*words, "--user", str(tmp_path / "set"), "resume=true"])
+    assert (tmp_path / "set" / "1" / "output.wav").read_bytes() != b"kept"
     short = [[PAIR[0] | {"voice": "short"}, PAIR[1]]]
     (tmp_path / "set" / "1" / "prompt.json").write_text(json.dumps(short))
     refuses("voice 'short' has 7 numbers", *words, "--user", tmp_path / "set")
