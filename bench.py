@@ -246,8 +246,11 @@ class Ids:
     """In a tokenizer's place: every text is `length` ids; the extra tokens are the last ones."""
 
     def __init__(self, length, vocabulary):
-        self.length, self.eos_token_id = length, 0
+        self.length, self.vocabulary, self.eos_token_id = length, vocabulary, 0
         self.extra = {token: vocabulary - 1 - i for i, token in enumerate(EXTRA_TOKENS)}
+
+    def __len__(self):
+        return self.vocabulary
 
     def encode(self, text, add_special_tokens):
         return list(range(1, 1 + self.length))

@@ -142,8 +142,8 @@ class MinutesSettings:
 # What a dialogue is. speakers: two dicts as in generate.py's JSON. annotated: their counts are what
 # is said, not what was asked for. audio: path. codes: two (K, T) lists, of a data set. codec: file
 # that makes or has made the audio. until: when its JSON's last word ends (s). lasts: how long its
-# JSON's codes are (s). encoder: of the speakers' embeddings. settings: of generate.py. situation:
-# in the small world.
+# JSON's codes are (s). encoder: of the speakers' embeddings. settings: of generate.py. made: of
+# way_made. situation: in the small world.
 BLANK = {"annotated": False, "audio": "", "codes": None, "codec": "", "until": 0, "lasts": 0,
          "encoder": "", "settings": {}, "made": "", "situation": ""}
 

@@ -542,6 +542,7 @@ class Conversation:
         self.matrices = products(model.backbone)
         text_head = model.backbone.get_output_embeddings()
         self.text_head = linear(text_head.weight, text_head.bias)
+        self.vocabulary = len(tokenizer)  # a padded backbone has ids beyond it, which are no tokens
         # the audio head's first half: who hears needs no other
         system = model.num_codebooks * (model.codebook_size + 2)
         self.audio_head = linear(head.weight[:system], head.bias[:system])
@@ -613,7 +614,9 @@ class Conversation:
         """The next frame of `rows` from hidden (B, hidden)."""
         memory, width = self.memory, self.model.codebook_size + 2
         u = self.draws.uniform(rows, memory.ages, memory.age[rows])
-        self.text[rows] = self.draws.text(self.text_head(hidden), u, rows)
+        logits = self.text_head(hidden)
+        logits[:, self.vocabulary:] = -torch.inf
+        self.text[rows] = self.draws.text(logits, u, rows)
         if self.may_end:
             left = self.announced[self.text[rows]]
             self.left[rows] = torch.where(left < 0, self.left[rows], left)
@@ -979,8 +982,8 @@ def made_from(cfg, sampling):
     paths = {key: getattr(cfg, key) for key in ("model", "codec", "prompts")}
     if cfg.prompts:
         paths["voices"] = cfg.voices
-    else:  # the data set's list of what it was made of
-        paths["data"] = str(Path(cfg.data) / "info.json")
+    elif (info := Path(cfg.data) / "info.json").exists():  # what the data set was made of
+        paths["data"] = str(info)
     if cfg.user and not Path(cfg.user).is_dir():
         paths["user"] = cfg.user
     return {"settings": asdict(cfg), "sampling": sampling,

@@ -364,11 +364,8 @@ def setup(cfg):
     decisions, classes = text_ids(tokenizer, model.backbone.vocab_size, device)
     judge = load_chat_model(cfg.judge) if cfg.judge else None
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=0.0)
-    bf16 = cfg.cpu_bf16
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     run = Run(cfg, rank, world, device, model, start, tokenizer, fmt, trained, dialogues, scenes,
-              sampling, decisions, classes, judge, optimizer, bf16)
+              sampling, decisions, classes, judge, optimizer, train.in_bf16(cfg, device))
     return take_up(run) if cfg.resume else run
 
 

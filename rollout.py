@@ -47,8 +47,7 @@ from turns import merge_words
 
 
 class Steered(Draws):
-    """`bias`, (V,) or (B, V), is added to the text logits: for ids that are no tokens -inf, and
-    what the rule "due minus done" says."""
+    """Draws of the rule "due minus done": `bias` (B, V) is added to the text logits."""
     bias = 0.0
 
     def text(self, logits, u, rows):
@@ -91,8 +90,8 @@ def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
         raise InputError(f"the longest prompt and {frames} frames are more than the model's "
                          f"{model.backbone.config.max_position_embeddings} positions; give a "
                          "smaller frames= or context=")
-    batch.draws = Steered(run.decisions, model.num_codebooks, len(order))
-    tokens = batch.draws.bias = torch.where(run.classes == 4, -torch.inf, 0.0)
+    if asked is not None:
+        batch.draws = Steered(run.decisions, model.num_codebooks, len(order))
     rng = random.Random(seed)
     seeds = [rng.randrange(2 ** 31) for _ in range(len(order) // sides)]
     text = torch.zeros(len(order), d + frames, dtype=torch.long, device=run.device)
@@ -110,7 +109,7 @@ def rollout(run, prompts, speakers, group, seed, scenes=None, asked=None):
         if t + 1 == frames or (t % LOOK == 0 and over.all()):
             break
         if asked is not None:
-            batch.draws.bias = tokens + due_minus_done(run, text, d + t, asked)
+            batch.draws.bias = due_minus_done(run, text, d + t, asked)
         batch.step(heard[:, :, d + t])
     ended = (said == model.codebook_size + 1).any(1).unflatten(0, (-1, sides)).any(1)
     ended = ended.repeat_interleave(sides, 0)  # (B, F)
@@ -137,12 +136,17 @@ def teach(batch, scene, t, delay):
         batch.text = torch.where(taught, scene["text"][:, t + delay], batch.text)
 
 
+def usable_streams(run, dialogue, side):
+    """data.streams of a dialogue, None also where it cannot be used."""
+    usable = is_usable(dialogue, run.fmt)
+    return streams(dialogue, side, run.tokenizer, run.fmt) if usable else None
+
+
 def scene_of(run, entry, dialogue, context):
     """What is needed to play a segment, with up to `context` frames in front; None where the
     dialogue cannot be used or the other side's text not be laid out."""
     system = 1 - entry["user"]
-    usable = is_usable(dialogue, run.fmt)
-    item = streams(dialogue, system, run.tokenizer, run.fmt) if usable else None
+    item = usable_streams(run, dialogue, system)
     if item is None:
         return None
     first, d = max(0, entry["begin"] - context), run.fmt.delay
@@ -314,9 +318,7 @@ def pad_rows(rows, end_token, device):
 def anchor_batch(run, split, keys):
     """Dialogues of the data set, keys [(index, side)], as a batch of data.collate for the
     supervised loss; what the model hears itself say is spoiled as in its training."""
-    drawn = [(run.dialogues[split][i], side) for i, side in keys]
-    items = [streams(dialogue, side, run.tokenizer, run.fmt) for dialogue, side in drawn
-             if is_usable(dialogue, run.fmt)]
+    items = [usable_streams(run, run.dialogues[split][i], side) for i, side in keys]
     if not any(items):
         raise InputError(f"none of the dialogues {keys} of {run.cfg.data} can be laid out")
     batch = collate([item for item in items if item], run.tokenizer.eos_token_id, run.fmt)

@@ -157,9 +157,7 @@ class Run:
     def bf16(self):
         """Whether matrix products are computed in bfloat16 (paper table 5); weights, gradients and
         AdamW's averages stay in float32."""
-        if self.device.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return self.cfg.cpu_bf16
+        return in_bf16(self.cfg, self.device)
 
     def say(self, text):
         if self.rank == 0:
@@ -167,6 +165,13 @@ class Run:
 
 
 # ---- setting up ----
+
+
+def in_bf16(cfg, device):
+    """Whether a device computes in bfloat16: a GPU that needs not emulate it, or cfg.cpu_bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cfg.cpu_bf16
 
 
 def check_settings(cfg):

@@ -348,6 +348,9 @@ class Words:
     """Stands for a tokenizer: a prompt of n letters is n tokens."""
     eos_token, eos_token_id = "<end>", 1
 
+    def __len__(self):
+        return 200
+
     def encode(self, prompt, add_special_tokens):
         return [10 + ord(letter) % 50 for letter in prompt]
 
@@ -445,6 +448,15 @@ def test_the_oldest_frames_leave_and_the_prefix_stays(hidden):
     text = torch.stack([ids for _, ids in made[-8:]], -1)
     whole = model(audio, text, torch.tensor([Words().encode("hello", False)]), SPEAKERS[:1])
     assert (hidden[-1] - whole[:, -1]).abs().max() < 1e-4
+
+
+def test_ids_beyond_the_tokenizer_are_not_drawn(monkeypatch):
+    """A backbone's table may be padded; here nothing else is as likely."""
+    monkeypatch.setattr(Words, "__len__", lambda words: 150)
+    model = tiny_model()
+    model.backbone.lm_head.weight.data[150:] *= 1000
+    made = talk(model, Words(), FMT, ["a", "b"], SPEAKERS[:2], Sampler([3]), 40)
+    assert max(int(text.max()) for _, text in made) < 150
 
 
 def test_a_frame_costs_the_same_for_ever():
