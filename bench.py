@@ -280,6 +280,13 @@ def talkers(model, tokenizer, fmt, rows, prompt, speaker_size):
     return batch
 
 
+def looked_at(batch):
+    """Cached positions of the median frame: it is the one in the middle, for frames look at ever
+    more until the ring of memory is full."""
+    memory = batch.memory
+    return memory.prefix_size + min(memory.ages[0] // 2, memory.frames)
+
+
 def bench_generation(cfg, config, machine):
     torch.manual_seed(0)
     model = random_model(cfg, config).to(machine.device, machine.dtype).eval()
@@ -293,7 +300,7 @@ def bench_generation(cfg, config, machine):
         def step(batch=batch, size=(pairs, 2)):
             batch.step(batch.said.unflatten(0, size).flip(1).flatten(0, 1))  # each hears the other
         found = machine.time(step, cfg.seconds)
-        floor = step_floor(model, 2 * pairs, cfg.prompt + 1 + cfg.frames, machine)
+        floor = step_floor(model, 2 * pairs, looked_at(batch), machine)
         median = found[len(found) // 2]
         show(f"generation, {pairs} dialogue(s)", pairs / median, pairs / floor, "frames/s in sum",
              f"{1e3 * median:.1f} ms a frame")
@@ -359,7 +366,7 @@ def bench_live(cfg, codec, machine):
         spoken.decode(said.clamp(max=codec.codebook_size - 1)[:, :, None]).cpu()
     found = machine.time(frame, max(cfg.seconds, 10))
     flops = sum(codec_flops(codec, machine)) / machine.products
-    floor = flops + step_floor(model, 1, cfg.prompt + 1 + fmt.max_frames, machine)
+    floor = flops + step_floor(model, 1, looked_at(batch), machine)
     median, late = found[len(found) // 2], found[len(found) * 99 // 100]
     show("live: encode, step and decode a frame", 1 / median, 1 / floor, "frames/s",
          f"median {1e3 * median:.1f} ms, 99th percentile {1e3 * late:.1f} ms, floor "
@@ -398,8 +405,8 @@ def main(argv):
         raise InputError(f"parts: there is no {unknown[0]}; use {', '.join(PARTS)}")
     if cfg.long < 10:
         raise InputError(f"long={cfg.long}: must be 10 or more, since tenths are compared")
-    if not cfg.backbone and (cfg.heads < 1 or cfg.hidden % cfg.heads):
-        raise InputError(f"hidden={cfg.hidden}: must be a multiple of heads={cfg.heads}")
+    if not cfg.backbone and (min(cfg.heads, cfg.hidden) < 1 or cfg.hidden % (2 * cfg.heads)):
+        raise InputError(f"hidden={cfg.hidden}: must be an even multiple of heads={cfg.heads}")
     config = backbone_config(cfg)
     machine = this_machine(cfg)
     print(f"{machine.name}: a matrix product in {machine.dtype} {machine.products / 1e9:,.0f} "

@@ -128,7 +128,7 @@ class ProbeSettings:
     model: str = "default/model"  # checkpoint folder or hub id, with marks in its text stream
     data: str = "default/data"  # whose dialogues are the history
     split: str = "test"
-    n: int = 50  # dialogues
+    n: int = 50  # dialogues, 0 = all
     most: int = 5  # counts from 0 to this one are put into the prompt
 
 
@@ -810,6 +810,8 @@ def probe(settings):
     the model would set in the same dialogues (the true history at every frame) with the counts 0,
     1, ... in the prompt: the sum over the frames of the marks' probabilities. (It may be more than
     the count: where the history lacks what is asked for, the chance stays, frame after frame.)"""
+    if min(settings.n, settings.most) < 0:
+        raise InputError("n and most must be at least 0")
     model, tokenizer, fmt = load_model(settings.model)
     rows = load_dialogues(settings.data, settings.split)
     rows = rows.select(range(min(settings.n or len(rows), len(rows))))

@@ -15,6 +15,7 @@ The file in reading order: how ids are drawn (Sampler, Draws), what the rows of 
 prompts to its codes (converse, talk), and what the command does with it.
 """
 import functools
+import glob
 import itertools
 import json
 import math
@@ -88,8 +89,8 @@ class Config:
     voices: str = "default/data/voices.json"  # voice name -> speaker embedding, for own prompts
     data: str = "default/data"
     split: str = "test"
-    first: int = 0  # the first dialogue taken of a data set; prompts are all taken
-    n: int = 1  # how many of a data set
+    first: int = 0  # the first dialogue taken
+    n: int = 0  # how many; 0: one of a data set, all from `first` on of prompts
     batch: int = 8  # dialogues made at a time
     # a recording as the other speaker
     user: str = ""  # file, or folder of Full-Duplex-Bench's layout
@@ -807,6 +808,15 @@ def read_prompts(path, voices_file):
     return pairs
 
 
+def own_prompts(cfg):
+    """The `n` pairs from `first` on of the prompts file (n=0: all), as of read_prompts."""
+    pairs = read_prompts(cfg.prompts, cfg.voices)
+    taken = pairs[cfg.first:cfg.first + (cfg.n or len(pairs))]
+    if not taken or len(taken) < cfg.n:
+        raise InputError(f"first={cfg.first}, n={cfg.n}: {cfg.prompts} has {len(pairs)} dialogues")
+    return taken
+
+
 def check_speaker(speaker, where):
     """Raise InputError unless `speaker` has the keys of a prompts file, with values of their kind.
     Name and narrative lose the spaces around them."""
@@ -825,11 +835,13 @@ def check_speaker(speaker, where):
 
 
 def data_prompts(cfg, fmt):
-    """Prompts of `n` dialogues of a split, from `first` on, in the form of read_prompts."""
+    """Prompts of `n` dialogues of a split (n=0: one), from `first` on, in the form of
+    read_prompts."""
     opened = load_dialogues(cfg.data, cfg.split, streaming=True)  # fetches no more than is taken
-    taken = list(itertools.islice(opened, cfg.first, cfg.first + cfg.n)) if cfg.first >= 0 else []
-    if cfg.n < 1 or len(taken) < cfg.n:
-        raise InputError(f"first={cfg.first}, n={cfg.n}: {cfg.data} has {sum(1 for _ in opened)} "
+    count = cfg.n or 1
+    taken = list(itertools.islice(opened, cfg.first, cfg.first + count))
+    if len(taken) < count:
+        raise InputError(f"first={cfg.first}, n={count}: {cfg.data} has {sum(1 for _ in opened)} "
                          f"dialogues in split '{cfg.split}'")
     return [[data_prompt(dialogue, side, fmt) for side in (0, 1)] for dialogue in taken]
 
@@ -980,14 +992,21 @@ def made_from(cfg, sampling):
     """What a dialogue's JSON says of how it was made: the settings, the keywords of Sampler, and
     the fingerprints of the files at the settings' paths, where others may lie the next time."""
     paths = {key: getattr(cfg, key) for key in ("model", "codec", "prompts")}
-    if cfg.prompts:
+    folder = cfg.user and Path(cfg.user).is_dir()
+    if cfg.prompts or folder:  # the prompt.json files of a folder name voices, too
         paths["voices"] = cfg.voices
-    elif (info := Path(cfg.data) / "info.json").exists():  # what the data set was made of
-        paths["data"] = str(info)
-    if cfg.user and not Path(cfg.user).is_dir():
+    if cfg.user and not folder:
         paths["user"] = cfg.user
-    return {"settings": asdict(cfg), "sampling": sampling,
-            "fingerprints": {key: fingerprint(path) for key, path in paths.items() if path}}
+    info = Path(cfg.data) / "info.json"  # what the data set was made of
+    if not cfg.prompts and info.exists():
+        paths["data"] = str(info)
+    files = {key: fingerprint(path) for key, path in paths.items() if path}
+    if not cfg.prompts:  # of the shards only the sizes: they may be gigabytes
+        shards = sorted(Path(cfg.data).glob(f"{glob.escape(cfg.split)}-*.parquet"))
+        files["sizes"] = [path.stat().st_size for path in shards]
+    if folder:
+        files["first"] = cfg.first  # whose prompt answers; elsewhere it is a place in the run
+    return {"settings": asdict(cfg), "sampling": sampling, "fingerprints": files}
 
 
 def same_settings(path, made):
@@ -1098,8 +1117,8 @@ def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
 @torch.no_grad()
 def main(argv):
     cfg = load_settings(Config, argv)
-    if cfg.max_frames < 0 or cfg.batch < 1 or not 0 <= cfg.listen < math.inf:
-        raise InputError("batch is at least 1, max_frames and listen are 0 or more")
+    if min(cfg.first, cfg.n, cfg.max_frames) < 0 or cfg.batch < 1 or not 0 <= cfg.listen < math.inf:
+        raise InputError("batch is at least 1; first, n, max_frames and listen are 0 or more")
     if not -60 <= cfg.level <= 0:
         raise InputError(f"level={cfg.level}: must be from -60 to 0 dB; 0 leaves it as it is")
     use_threads()
@@ -1114,7 +1133,7 @@ def main(argv):
     Sampler([], **sampling).kinds()  # raises InputError before anything is made
     codec = load_codec(cfg.codec).to(device)
     encoder = check_parts(cfg, model, codec, trained)
-    pairs = read_prompts(cfg.prompts, cfg.voices) if cfg.prompts else data_prompts(cfg, fmt)
+    pairs = own_prompts(cfg) if cfg.prompts else data_prompts(cfg, fmt)
     check_pairs(cfg, model, tokenizer, pairs, trained.get("longest_prompt"))
     if cfg.user and Path(cfg.user).is_dir():
         return answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs)

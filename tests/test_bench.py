@@ -3,6 +3,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,13 +92,26 @@ def test_every_part_runs(tmp_path, capsys):
     assert len(floors) >= 8 and all(float(number.replace(",", "")) > 0 for number in floors)
 
 
+def test_the_floor_counts_what_the_median_frame_looks_at(monkeypatch):
+    """Of frames that begin at age 0, not the positions of a talk at its end."""
+    contexts, cfg = [], bench.Config(**SMALL | {"prompt": 5}, seconds=0, pairs="1")
+    monkeypatch.setattr(bench, "step_floor",
+                        lambda model, rows, context, machine: contexts.append(context) or 1)
+    machine = bench.Machine(torch.device("cpu"), torch.float32, "")
+    bench.bench_generation(cfg, bench.backbone_config(cfg), machine)
+    assert contexts == [6 + 6 // 2]  # speaker and prompt; 2 frames of delay and 1 + 3 steps
+    memory = SimpleNamespace(prefix_size=6, frames=102, ages=[1000])  # the ring is full
+    assert bench.looked_at(SimpleNamespace(memory=memory)) == 6 + 102
+
+
 def test_bad_settings(tmp_path):
     with pytest.raises(InputError, match="there is no speed; use training, generation"):
         bench.main(["parts=speed"])
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="long=5: must be 10 or more"):
         bench.main(["parts=long", "long=5"])
-    with pytest.raises(InputError, match="hidden=512: must be a multiple of heads=6"):
-        bench.main(["hidden=512"])
+    for hidden in (512, 390, 0):  # 390: rotation takes the numbers of a head in pairs
+        with pytest.raises(InputError, match=f"hidden={hidden}: must be an even multiple"):
+            bench.main([f"hidden={hidden}"])
     with pytest.raises(InputError, match="its config.json cannot be read"):
         bench.main([f"backbone={tmp_path}/none"])

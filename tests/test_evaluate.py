@@ -883,6 +883,9 @@ def test_probe(tmp_path, dialogues, capsys):
     model, tokenizer, fmt, _ = load_checkpoint(GOLDEN / "checkpoint")
     with pytest.raises(InputError, match="has no marks in its text stream"):
         evaluate.main(["probe", f"model={GOLDEN / 'checkpoint'}", f"data={tmp_path}"])
+    for word in ("n=-1", "most=-1"):
+        with pytest.raises(InputError, match="n and most must be at least 0"):
+            evaluate.main(["probe", word])
     fmt.behaviour_tokens = "count_down"
     save_checkpoint(tmp_path / "model", model, tokenizer, fmt, {})
     evaluate.main(["probe", f"model={tmp_path / 'model'}", f"data={tmp_path}", "most=2", "n=0"])

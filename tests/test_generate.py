@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, write_split
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import generate
@@ -152,6 +152,40 @@ def test_what_was_made_by_other_weights_or_prompts_is_made_anew(words, golden_co
     assert not keeps()
 
 
+def test_n_and_first_choose_among_own_prompts(words, tmp_path, monkeypatch):
+    """A dialogue's number is that of its prompt, whatever part of the file a run takes."""
+    pairs = [[PAIR[0] | {"name": name}, PAIR[1]] for name in ("Ann", "Cleo", "Dora")]
+    (tmp_path / "prompts.json").write_text(json.dumps(pairs))
+    made, words = [], [*words, f"prompts={tmp_path}/prompts.json"]
+
+    def make(cfg, model, tokenizer, fmt, codec, jobs, *_):
+        made.append([(number, pair[0]["name"], stem.name) for number, pair, stem in jobs])
+    monkeypatch.setattr(generate, "make_batch", make)
+    for part in ([], ["first=1"], ["first=1", "n=1"]):
+        generate.main([*words, *part])
+    every = [(k, pair[0]["name"], f"dialogue_{k:04d}") for k, pair in enumerate(pairs)]
+    assert made == [every, every[1:], every[1:2]]
+    refuses("first=3, n=0: ", *words, "first=3")
+    refuses("prompts.json has 3 dialogues", *words, "first=2", "n=2")
+
+
+def test_another_data_set_of_the_same_name_is_another(words, dialogues, tmp_path):
+    """By its info.json, or by the sizes of its shards: those of the other splits do not count."""
+    def files():
+        cfg = generate.load_settings(generate.Config, [*words, f"data={tmp_path}/data"])
+        return generate.made_from(cfg, {})["fingerprints"]
+    (tmp_path / "data").mkdir()
+    write_split(tmp_path / "data", dialogues[:2], "test")
+    before = files()
+    write_split(tmp_path / "data", dialogues[:3], "train")
+    assert files() == before
+    write_split(tmp_path / "data", dialogues[:3], "test")
+    after = files()
+    assert after != before
+    (tmp_path / "data" / "info.json").write_text("{}")
+    assert files() != after
+
+
 def test_an_earlier_dialogue_does_not_pass_for_this_one(words, tmp_path, monkeypatch):
     """What ends before its dialogue is written leaves none of the run before."""
     monkeypatch.setattr(generate, "make_batch", lambda *_: None)
@@ -207,6 +241,16 @@ def test_a_folder_of_recordings_is_answered(words, tmp_path):
     os.utime(tmp_path / "set" / "1" / "input.wav", (2e9, 2e9))  # another recording since
     generate.main([*words, "--user", str(tmp_path / "set"), "resume=true"])
     assert (tmp_path / "set" / "1" / "output.wav").read_bytes() != b"kept"
+    os.utime(tmp_path / "set" / "1" / "input.wav", (0, 0))
+    for change in ("first=1", "first=0"):  # another one of the data set answers
+        (tmp_path / "set" / "1" / "output.wav").write_bytes(b"not kept")
+        generate.main([*words, "--user", str(tmp_path / "set"), "resume=true", change])
+        assert (tmp_path / "set" / "1" / "output.wav").read_bytes() != b"not kept"
+    (tmp_path / "set" / "1" / "output.wav").write_bytes(b"not kept")
+    voices = {"a": [0.2] * 192, "b": [-0.1] * 192, "short": [0.0] * 7}  # another voice a
+    (tmp_path / "voices.json").write_text(json.dumps(voices))
+    generate.main([*words, "--user", str(tmp_path / "set"), "resume=true"])
+    assert (tmp_path / "set" / "1" / "output.wav").read_bytes() != b"not kept"
     short = [[PAIR[0] | {"voice": "short"}, PAIR[1]]]
     (tmp_path / "set" / "1" / "prompt.json").write_text(json.dumps(short))
     refuses("voice 'short' has 7 numbers", *words, "--user", tmp_path / "set")
@@ -229,6 +273,8 @@ def test_bad_input(fails, words, tmp_path):
     refuses("'starts' must be bool", *words, *prompts(starts="yes"))
     refuses("has 7 numbers, the model takes 192", *words, *prompts(voice="short"))
     refuses("has 3 dialogues in split 'test'", *words, "first=3")
+    for part in ("first=-1", "n=-1"):
+        refuses("first, n, max_frames and listen are 0 or more", *words, part)
     refuses("text leads by 2, so give 3 or more", *words, "max_frames=2")
     refuses("'name' is empty", *words, *prompts(name=" "))
     refuses("positions for prompt and dialogue; shorten it", *words,
