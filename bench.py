@@ -403,6 +403,11 @@ def main(argv):
     parts = cfg.parts.split()
     if unknown := [part for part in parts if part not in PARTS]:
         raise InputError(f"parts: there is no {unknown[0]}; use {', '.join(PARTS)}")
+    if small := [key for key, value in vars(cfg).items()
+                 if type(value) in (int, float) and value <= (-1 if key == "threads" else 0)]:
+        raise InputError(f"{small[0]}={getattr(cfg, small[0])}: must be more")
+    if not cfg.pairs.split() or not all(n.isdecimal() and int(n) for n in cfg.pairs.split()):
+        raise InputError(f"pairs={cfg.pairs}: give numbers of dialogues, as 1 8 64")
     if cfg.long < 10:
         raise InputError(f"long={cfg.long}: must be 10 or more, since tenths are compared")
     if not cfg.backbone and (min(cfg.heads, cfg.hidden) < 1 or cfg.hidden % (2 * cfg.heads)):

@@ -110,7 +110,13 @@ def test_bad_settings(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="long=5: must be 10 or more"):
         bench.main(["parts=long", "long=5"])
-    for hidden in (512, 390, 0):  # 390: rotation takes the numbers of a head in pairs
+    for pairs in ("0", "one", ""):
+        with pytest.raises(InputError, match=f"pairs={pairs}: give numbers of dialogues"):
+            bench.main([f"pairs={pairs}"])
+    for word in ("layers=0", "seconds=0.0", "threads=-1"):
+        with pytest.raises(InputError, match=f"{word}: must be more"):
+            bench.main([word])
+    for hidden in (512, 390, 4):  # 390: rotation takes the numbers of a head in pairs
         with pytest.raises(InputError, match=f"hidden={hidden}: must be an even multiple"):
             bench.main([f"hidden={hidden}"])
     with pytest.raises(InputError, match="its config.json cannot be read"):
