@@ -15,7 +15,6 @@ The paper's words:
     DAU            discrete audio unit: one code, of one codebook in one frame
     K, C           codebooks of the codec, and codes of each: 4 and 4032 of the paper's NanoCodec
     d              the delay: in frame t stands the audio of time t-d, but the text of time t
-    IPU            inter-pausal unit: one speaker's speech between silences of 0.2 s or more
 
 Why text leads: the heads predict text and audio of a frame in parallel, from one hidden state. So
 the audio of a frame cannot know the text of the same frame; only *earlier* text can steer it.
@@ -344,8 +343,8 @@ def collate(items, end_token, fmt):
 
 
 def text_mask(batch):
-    """Which frames of a batch of `collate` have a text target, (B, T): all but the end token, which
-    is the padding too; it is the end id of the audio that ends a dialogue."""
+    """Which frames of a batch of `collate` have a text target, (B, T): all but the end token.
+    So the model never learns to say it: what ends a dialogue is the audio's end id."""
     return torch.nn.functional.pad(batch["frame_mask"][:, 1:], (0, 1))
 
 
@@ -387,7 +386,10 @@ def rare_words(dialogues, size):
 def taken_up(batch, rare, decisions):
     """Where the system's words have to be read in the prompt, (B, T), of a batch of `collate`: a
     rare word of the prompt said for the first time; and its third to fifth word, behind the
-    greeting, which tell who of the story it is. rare: of rare_words; decisions: of decision_ids."""
+    greeting, which tell who of the story it is. rare: of rare_words; decisions: of decision_ids.
+
+    For the small world and the tokenizer of new_tokenizer, by which a word is one token in the
+    prompt and in the text. With a pretrained one a name has other ids in the lower-cased text."""
     text = batch["text"]
     asked = (text[..., None] == batch["prompt"][:, None]).any(-1) & rare[text]  # (B, T)
     said = (text[..., None] == text[:, None]).tril(-1).any(-1)  # (B, T): at an earlier frame
@@ -583,10 +585,14 @@ def check_segment(segment, fmt):
 
 
 def check_prompt(dialogue, fmt):
-    """Of check_dialogue: names, narratives and speaker embeddings."""
+    """Of check_dialogue: what prompts are made of. Names, narratives and speaker embeddings."""
     rewritten = ["new_narrative_s1", "new_narrative_s2"]
     texts = [dialogue[key] for key in (rewritten if fmt.rewritten_narrative else ["narrative"])]
-    if not all(type(text) is str and text.strip() for text in texts + dialogue["speakers"][:2]):
+    names = dialogue["speakers"]
+    if len(names) != 2 or not dialogue["utterances"]:
+        raise InputError(f"it has {len(names)} speakers and {len(dialogue['utterances'])} "
+                         "utterances; 2 speakers and an utterance are needed")
+    if not all(type(text) is str and text.strip() for text in texts + names):
         raise InputError("a name or a narrative is missing; rewrite.py makes the rewritten ones")
     for key in ("spk_emb_c1", "spk_emb_c2"):
         if not np.isfinite(np.array(dialogue[key], dtype=float)).all():

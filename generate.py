@@ -58,7 +58,9 @@ from data import (
     INTER,
     SILENCE_PAD,
     WORD_PAD,
+    check_prompt,
     decision_ids,
+    dialogue_name,
     is_number,
     load_dialogues,
     made_with,
@@ -124,7 +126,7 @@ class Sampler:
     The paper has one temperature (0.9, top-k 40: table 5). Here the text is drawn in two steps,
     each with its own: the *decision* (which pad, which mark, the end, or a word), then, if it is a
     word, *which*. Events are rare, so a low temperature makes them vanish; words break at a high
-    one. With equal temperatures the two steps are one draw, the paper's.
+    one. With equal temperatures (and top_p 1) the two steps are one draw, the paper's.
 
     seeds: one a dialogue; its rows draw apart from each other. None: as temperature, top_k, top_p.
     temperature 0 is greedy, top_k 0 takes all ids. Raises InputError outside these ranges.
@@ -175,11 +177,11 @@ def sampling_of(cfg, trained):
 
 
 def pick(scores, order, u, kind):
-    """M places of each row, drawn by inverting the cumulative distribution in the order of ids,
+    """M candidates of each row, drawn by inverting the cumulative distribution in the order of ids,
     so that how many candidates the other rows need changes nothing.
 
     scores, order (B, M, N): of `candidates`; u (B, M): uniform numbers in [0, 1); kind (B, M or 1,
-    3): temperature, top_k, top_p of each. Returns places (B, M).
+    3): temperature, top_k, top_p of each. Returns their indices (B, M) in N.
     """
     temperature, top_k, top_p = kind.split(1, 2)  # (B, M or 1, 1)
     rank = scores.isfinite().cumsum(-1) - 1  # among those that may be taken
@@ -187,12 +189,12 @@ def pick(scores, order, u, kind):
     # nucleus: what stands in front of an id is less than top_p; the best id is always in
     chance = torch.where(chance.cumsum(-1) - chance < top_p, chance, 0)
     sums = chance.gather(-1, order).cumsum(-1)
-    place = (sums <= u[..., None] * sums[..., -1:]).sum(-1, keepdim=True)
-    place = place.clamp(max=scores.shape[-1] - 1)  # where none may be taken: any, it is not used
-    return order.gather(-1, place)[..., 0]
+    index = (sums <= u[..., None] * sums[..., -1:]).sum(-1, keepdim=True)
+    index = index.clamp(max=scores.shape[-1] - 1)  # where none may be taken: any, it is not used
+    return order.gather(-1, index)[..., 0]
 
 
-def most(kinds):
+def most_needed(kinds):
     """How many candidates the settings [[temperature, top_k, top_p], ...] need; 0: all, unsorted,
     where none of them has a limit."""
     if all(top_k == math.inf and top_p == 1 for _, top_k, top_p in kinds):
@@ -259,8 +261,8 @@ class Draws:
         self._count_candidates()
 
     def _count_candidates(self):
-        self.text_most = most([kind for asked in self.asked for kind in asked[:2]])
-        self.audio_most = most([asked[2] for asked in self.asked])
+        self.text_most = most_needed([kind for asked in self.asked for kind in asked[:2]])
+        self.audio_most = most_needed([asked[2] for asked in self.asked])
 
     def uniform(self, rows, ages, age):
         """rows: slice of the batch; ages, age: frames that each has made, as a list and (B,)."""
@@ -279,8 +281,8 @@ class Draws:
         low = torch.arange(scores.shape[-1], device=scores.device) >= limit
         words = scores.masked_fill(decided | low, -torch.inf)
         both = torch.stack([scores, words], 1)  # (B, 2, N)
-        places = pick(both, order[:, None].expand_as(both), u[:, :2], self.kinds[rows, :2])
-        decision, word = ids.gather(1, places).unbind(1)
+        drawn = pick(both, order[:, None].expand_as(both), u[:, :2], self.kinds[rows, :2])
+        decision, word = ids.gather(1, drawn).unbind(1)
         return torch.where(self.decisions[decision], decision, word)
 
     def audio(self, logits, u, rows):
@@ -355,8 +357,8 @@ class Memory:
         """positions (B,) -> what `rotate` needs, two tensors (B, 1, dim)."""
         angles = positions[:, None, None].double() * self.frequencies
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
-        kind = self.bias.dtype
-        return torch.cat([cos, cos], -1).to(kind), torch.cat([-sin, sin], -1).to(kind)
+        dtype = self.bias.dtype
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
     def place(self, rows):
         """Makes room for one more frame of `rows` (a slice). Returns a Place."""
@@ -761,7 +763,7 @@ class Transcript:
             self.texts[side].append(text[side])
             words = stream_words(self.texts[side], self.tokenizer)
             # the last word may go on
-            growing = bool(words) and words[-1]["end"] * FRAME_RATE == len(self.texts[side])
+            growing = bool(words) and round(words[-1]["end"] * FRAME_RATE) == len(self.texts[side])
             for word in words[self.printed[side]:len(words) - growing]:
                 if self.speaker != side:
                     seconds = self.begin[side] / FRAME_RATE + word["start"]
@@ -843,7 +845,14 @@ def data_prompts(cfg, fmt):
     if len(taken) < count:
         raise InputError(f"first={cfg.first}, n={count}: {cfg.data} has {sum(1 for _ in opened)} "
                          f"dialogues in split '{cfg.split}'")
-    return [[data_prompt(dialogue, side, fmt) for side in (0, 1)] for dialogue in taken]
+    pairs = []
+    for dialogue in taken:
+        try:
+            check_prompt(dialogue, fmt)
+        except InputError as e:
+            raise InputError(f"{cfg.data}, dialogue {dialogue_name(dialogue)}: {e}") from e
+        pairs.append([data_prompt(dialogue, side, fmt) for side in (0, 1)])
+    return pairs
 
 
 def data_prompt(dialogue, side, fmt):
@@ -1015,7 +1024,7 @@ def same_settings(path, made):
     try:
         before = json.loads(path.read_text())
         settings, sampling, files = (before[key] for key in made)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     apart = ("first", "n", "batch", "resume")
     asked = {key: value for key, value in made["settings"].items() if key not in apart}
@@ -1084,7 +1093,8 @@ def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
 
     Who answers is the first speaker of prompt.json beside it, else that of `pairs`. As in a live
     talk, the answer comes late by as much as the codec looks ahead. answers.json says by what
-    settings the answers are made; only resume=true with the same ones keeps what is there.
+    settings and of what files the answers are made; only resume=true with the same ones keeps what
+    is there.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("a folder of recordings is answered by one process, without torchrun")
@@ -1095,17 +1105,19 @@ def answer_folder(cfg, model, tokenizer, fmt, codec, sampling, pairs):
                          "Full-Duplex-Bench's layout")
     jobs, mark, made = [], Path(cfg.user) / "answers.json", made_from(cfg, sampling)
     kept = cfg.resume and same_settings(mark, made)
+    before, answered = json.loads(mark.read_text()).get("answered", {}) if kept else {}, {}
     for number, path in enumerate(found):
         out = path.with_name(path.name.replace("input", "output"))
         own, told = path.with_name("prompt.json"), pairs
         if own.exists():
             told = read_prompts(own, cfg.voices)
             check_pairs(replace(cfg, prompts=str(own), first=0), model, tokenizer, told)
-        made_of = [file.stat().st_mtime for file in (path, own) if file.exists()]
-        if not (kept and out.exists() and out.stat().st_mtime > max(made_of)):
+        name = str(path.relative_to(cfg.user))
+        answered[name] = [fingerprint(file) for file in (path, own) if file.exists()]
+        if not (out.exists() and before.get(name) == answered[name]):
             out.unlink(missing_ok=True)
             jobs.append((number, path, out, told[0][0]))
-    write_json(mark, made)
+    write_json(mark, made | {"answered": answered})
     with tqdm(total=len(jobs), unit="recording") as bar:
         for k in range(0, len(jobs), cfg.batch):
             part = jobs[k:k + cfg.batch]

@@ -165,13 +165,18 @@ class FActor(nn.Module):
         target, mask = batch["text"], text_mask(batch)  # (B, T)
         num_frames = target.shape[1]
         if prompt_text:
-            # without a speaker vector nothing predicts the first token
-            unseen = int(self.speaker_embed_proj is None)
-            prompt, prompt_mask = batch["prompt"][:, unseen:], batch["prompt_mask"]
-            prompt_mask = (torch.ones_like(prompt, dtype=torch.bool) if prompt_mask is None
-                           else prompt_mask[:, unseen:])
+            prompt, prompt_mask = batch["prompt"], batch["prompt_mask"]
+            if prompt_mask is None:
+                prompt_mask = torch.ones_like(prompt, dtype=torch.bool)
+            # of each row, the token behind the padding
+            first = torch.arange(len(prompt), device=prompt.device), prompt_mask.int().argmax(1)
+            if self.speaker_embed_proj is None:  # then nothing predicts the first token
+                mask = torch.cat([prompt_mask.index_put(first, mask.new_zeros(())), mask], 1)[:, 1:]
+                prompt = prompt[:, 1:]
+            else:  # it is predicted from the speaker, not from the padding between
+                mask = torch.cat([prompt_mask, mask], 1)
+                hidden = hidden.index_put(first, hidden[:, 0])
             target = torch.cat([prompt, target], 1)
-            mask = torch.cat([prompt_mask, mask], 1)
         head = self.backbone.get_output_embeddings()
         ce = cross_entropy(hidden[:, -target.shape[1]:], head.weight, head.bias, target)
         return masked_mean(ce, mask), ce[:, -num_frames:]

@@ -97,7 +97,7 @@ class Config:
     prompt_text: bool = False  # the authors: True
     listening_weight: float = 1.0  # of the text where the system is silent and may speak up
     text_weight: float = 1.0  # 1: the paper's
-    prompt_word_weight: float = 1.0  # of words that are to be read in the prompt (data.taken_up)
+    prompt_word_weight: float = 1.0  # of words to be read in the prompt (data.taken_up)
     wrong_history: float = 0.0  # at most, of its own past audio that is wrong (data.spoil)
     # optimisation
     muon: bool = False  # for the layers' matrices, instead of AdamW (the paper's)
@@ -151,7 +151,7 @@ class Run:
     step: int = 0  # optimizer steps done
     best: float = math.inf  # validation loss
     bad_evals: int = 0  # evaluations since then
-    place: tuple = (0, 0, 0)  # in the training split: data.stream_items; stored: (epoch, 0, 0)
+    place: tuple = (0, 0, 0)  # in the training split: data.stream_items; if loaded, (epoch, 0, 0)
 
     @property
     def bf16(self):
@@ -214,7 +214,8 @@ def stored_sampling(text):
     import generate  # here, since it needs packages that training does not
     words = text.split()
     asked = vars(load_settings(generate.Config, words))
-    stored = {key: asked[key] for key in (word.split("=")[0] for word in words)}
+    stored = {key: value for key, value in asked.items()
+              if value != getattr(generate.Config, key)}
     try:
         keywords = generate.sampling_of(generate.Config(), {"sampling": stored})
         generate.Sampler([], **keywords).kinds()

@@ -1,5 +1,6 @@
 """The ablations: rows, budget, going on, tables; listening is made up."""
 import json
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +36,7 @@ def words(tmp_path, tiny, tiny_data, monkeypatch):
     return made, scored, [*settings, "steps=2", "n=3"]
 
 
-def test_rows_are_made_once(words, tmp_path):
+def test_rows_are_made_once(words, tmp_path, tiny_data):
     _, scored, words = words
     ablate.main([*words, "rows=no text"])
     assert load_checkpoint(tmp_path / "out" / "no_text" / "model" / "last")[2].alignment == "none"
@@ -47,6 +48,19 @@ def test_rows_are_made_once(words, tmp_path):
     assert (tmp_path / "out" / "table_2.png").exists()
     with pytest.raises(InputError, match="holds rows with another steps; give another out="):
         ablate.main([*words, "steps=3"])
+    info = Path(tiny_data) / "info.json"
+    info.write_text("{\"seed\": 7}")
+    with pytest.raises(InputError, match="holds rows with another data; give another out="):
+        ablate.main(words)
+    info.unlink()
+
+
+def test_what_failed_before_its_first_row_locks_nothing(words, tmp_path):
+    words = words[-1]
+    with pytest.raises(InputError, match="1 of 1 rows were not made"):
+        ablate.main([*words, "rows=no text", f"data={tmp_path}/none"])
+    ablate.main([*words, "rows=no text", "steps=1"])
+    assert (tmp_path / "out" / "no_text" / "results.json").exists()
 
 
 def test_temperatures_take_the_base_row_model(words, tmp_path):

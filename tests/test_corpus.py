@@ -132,7 +132,7 @@ def test_many_dialogues(made):
             last[speaker] = at + length
 
 
-def test_in_codes(made, tmp_path):
+def test_in_codes(made, tmp_path, monkeypatch):
     """Data set as prepare.py's; the codes are those of the clips where there is speech, else
     silence; the same again."""
     out = compose(made, tmp_path / "a")
@@ -157,6 +157,9 @@ def test_in_codes(made, tmp_path):
     assert compose(made, out) and shard.read_bytes() == before
     with pytest.raises(InputError, match="seed was 0 and is 5"):
         compose(made, out, "seed=5")
+    monkeypatch.setattr(corpus, "bank_fingerprint", lambda settings: "another")
+    with pytest.raises(InputError, match="bank was [0-9a-f]{16} and is another"):
+        compose(made, out)
 
 
 def test_as_recordings(made, tmp_path):

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -186,6 +187,15 @@ def test_another_data_set_of_the_same_name_is_another(words, dialogues, tmp_path
     assert files() != after
 
 
+def test_a_data_set_without_narratives_is_refused(words, dialogues, tmp_path):
+    (tmp_path / "data").mkdir()
+    for change, message in (({"new_narrative_s1": None}, "a name or a narrative is missing"),
+                            ({"utterances": []}, "it has 2 speakers and 0 utterances"),
+                            ({"speakers": ["Ann"]}, "it has 1 speakers")):
+        write_split(tmp_path / "data", [dialogues[0] | change], "test")
+        refuses(message, *words, f"data={tmp_path}/data")
+
+
 def test_an_earlier_dialogue_does_not_pass_for_this_one(words, tmp_path, monkeypatch):
     """What ends before its dialogue is written leaves none of the run before."""
     monkeypatch.setattr(generate, "make_batch", lambda *_: None)
@@ -238,10 +248,10 @@ def test_a_folder_of_recordings_is_answered(words, tmp_path):
     (tmp_path / "set" / "1" / "output.wav").write_bytes(b"kept")
     generate.main([*words, "--user", str(tmp_path / "set"), "resume=true"])  # the batch may differ
     assert (tmp_path / "set" / "1" / "output.wav").read_bytes() == b"kept"
-    os.utime(tmp_path / "set" / "1" / "input.wav", (2e9, 2e9))  # another recording since
+    soundfile.write(tmp_path / "set" / "1" / "input.wav", np.zeros(24077), 16000)
+    os.utime(tmp_path / "set" / "1" / "input.wav", (0, 0))  # another recording, of an older time
     generate.main([*words, "--user", str(tmp_path / "set"), "resume=true"])
     assert (tmp_path / "set" / "1" / "output.wav").read_bytes() != b"kept"
-    os.utime(tmp_path / "set" / "1" / "input.wav", (0, 0))
     for change in ("first=1", "first=0"):  # another one of the data set answers
         (tmp_path / "set" / "1" / "output.wav").write_bytes(b"not kept")
         generate.main([*words, "--user", str(tmp_path / "set"), "resume=true", change])
@@ -321,6 +331,18 @@ def test_stream_words():
     assert found[0]["start"] == 2 / 12.5 and found[0]["end"] == (3 + len(hello)) / 12.5
     assert found[2]["end"] == (7 + len(hello) + 2 * len(there)) / 12.5
     assert stream_words([word, silence, mark, word, tokenizer.eos_token_id], tokenizer) == []
+
+
+def test_a_growing_word_is_printed_whole(capsys):
+    """At every age of the dialogue: 7 / 12.5 * 12.5 is not 7."""
+    tokenizer = load_checkpoint(GOLDEN / "checkpoint")[1]
+    pad = tokenizer.convert_tokens_to_ids(UTTERANCE_PAD)
+    pieces = [tokenizer.encode(text, add_special_tokens=False)[0] for text in ("z", "o", "l")]
+    for start in range(60):
+        transcript = generate.Transcript(tokenizer, ["Ann"])
+        for t, token in enumerate([pad] * start + pieces + [pad]):
+            transcript(t, [token])
+        assert capsys.readouterr().out.endswith("Ann: zol")
 
 
 def test_stream_words_of_whole_word_tokens(dialogues):

@@ -193,7 +193,7 @@ def test_early_stopping_and_variants(tiny_data, tiny, tmp_path, capsys):
     train.main([*tiny, f"data={tiny_data}", f"out={tmp_path}/a", "lr=0.5", "min_lr=0.5", "steps=60",
                 "warmup=1", "patience=2", "alignment=none", "speaker_embedding=false",
                 "user_weight=0", "prompt_text=true", "first_frame=false", "delay=0",
-                "sampling=word_temperature=0.4 top_k=0"])
+                "sampling=--word-temperature=0.4 top_k=0"])
     assert "stopped: no better validation loss in 2 evaluations" in capsys.readouterr().out
     model, _, fmt, config = load_checkpoint(tmp_path / "a" / "best")
     assert config["sampling"] == {"word_temperature": 0.4, "top_k": 0}

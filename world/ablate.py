@@ -27,7 +27,7 @@ from config import (
     write_atomically,
     write_json,
 )
-from data import made_with
+from data import data_info
 
 BASE = "word 2"  # the recipe as it is: by word, two frames ahead, loss s, marks that count down
 TRAINED = {  # row: what train.py gets
@@ -142,11 +142,12 @@ def chosen_rows(settings):
 
 
 def claim(settings, data):
-    """Raises InputError if `out` holds rows of another budget; else writes down this one."""
+    """Raises InputError if `out` holds rows of another budget or data set; else writes down this
+    one."""
     path, apart = Path(settings.out) / "settings.json", ("out", "rows", "batch", "jobs", "data")
     mark = {key: value for key, value in asdict(settings).items() if key not in apart}
-    mark |= {"config": read_text(settings.config), "data": made_with(data)}
-    if path.exists():
+    mark |= {"config": read_text(settings.config), "data": data_info(data)}
+    if path.exists() and any(path.parent.glob("*/*")):  # a row's model or results
         before = json.loads(read_text(path))
         if differs := [key for key, value in mark.items() if before.get(key) != value]:
             raise InputError(f"{settings.out}: holds rows with another {', '.join(differs)}; give "

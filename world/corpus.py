@@ -589,7 +589,7 @@ def compose_shard(item, settings):
         codes = codes_of(pieces, frames, coded)
         row["dsu_c1_path"], row["dsu_c2_path"] = codes.tolist()
         if settings.slips:
-            rng = np.random.default_rng([settings.seed, i, 0, 0, 1])  # [seed, i] is the plan's
+            rng = np.random.default_rng([settings.seed, i, 0, 0, 1])  # no plan's
             wrong = slipped(rng, pieces, codes, coded, forms)
             row["slip_c1_path"], row["slip_c2_path"] = wrong.tolist()
         for channel, voice in enumerate(row["tts_speaker_ids"], 1):
@@ -604,6 +604,17 @@ def compose_shard(item, settings):
 
 # --------------------------------------------------------------------------------------------------
 # The commands
+
+
+def bank_fingerprint(settings):
+    """16 hex digits that tell banks apart: of the file of codes, or of the recordings' names and
+    sizes."""
+    if settings.audio:
+        clips = sorted(Path(settings.audio).glob("*/*.*"))
+        told = json.dumps([[*path.parts[-2:], path.stat().st_size] for path in clips]).encode()
+    else:
+        told = Path(settings.bank).read_bytes() if Path(settings.bank).is_file() else b""
+    return hashlib.sha256(told).hexdigest()[:16]
 
 
 def write_recordings(settings, count, mark):
@@ -678,13 +689,14 @@ def main(argv):
     if argv[:1] == ["compare"]:
         return compare(load_settings(CompareSettings, argv[1:]))
     settings = load_settings(Settings, argv)
-    if not settings.hours > 0 or settings.shard_size < 1:
-        raise InputError("hours must be above 0 and shard_size at least 1")
+    if not 0 < settings.hours < math.inf or settings.shard_size < 1:
+        raise InputError("hours must be a number above 0 and shard_size at least 1")
     if settings.seed < 0 or settings.workers < 0 or settings.topics < 0:
         raise InputError("seed, workers and topics must not be negative")
     count = math.ceil(settings.hours * 3600 / MEAN_SECONDS)
     world = json.dumps(read_situations(settings.situations, settings.topics))
-    mark = {"seed": settings.seed, "situations": hashlib.sha256(world.encode()).hexdigest()[:16]}
+    mark = {"seed": settings.seed, "situations": hashlib.sha256(world.encode()).hexdigest()[:16],
+            "bank": bank_fingerprint(settings)}
     (write_recordings if settings.audio else write_codes)(settings, count, mark)
 
 
