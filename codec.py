@@ -843,6 +843,11 @@ def load_codec(path):
     return _load_nemo(path)
 
 
+def fingerprints(cfg, *keys):
+    """{setting: fingerprint of the file it names}, of those of the keys that are not empty."""
+    return {key: fingerprint(getattr(cfg, key)) for key in keys if getattr(cfg, key)}
+
+
 def fingerprint(path):
     """16 hex digits that tell codecs apart: SHA-256 of the file that `load_codec(path)` opens, or
     of a folder's weights (a model's too), and of a hub name's. Raises InputError where a codec's

@@ -259,13 +259,16 @@ def from_folder(folder, settings):
     notes = {path.stem: path for path in sorted(folder.glob("*.json"))}
     found, failed = [], {}
     for name in sorted(sounds.keys() | notes.keys()):
+        if settings.n and len(found) == settings.n:
+            break
         try:
-            found.append(from_files(notes.get(name), sounds.get(name), settings))
+            dialogue = from_files(notes.get(name), sounds.get(name), settings)
+            found += [dialogue] if dialogue else []
         except InputError as e:
             failed[name] = str(e)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
             failed[name] = f"its JSON is not that of a dialogue ({e!r})"
-    return [dialogue for dialogue in found if dialogue], failed
+    return found, failed
 
 
 def find_dialogues(folder, settings):
@@ -780,20 +783,21 @@ def load_model(name):
 @torch.inference_mode()
 def perplexity(name, dialogues, settings):
     """How well the model that made a folder's dialogues predicts reference dialogues (paper 5.2):
-    {ppl_audio, ppl_text} of the system's rows over the test set it took its prompts from, both
-    sides; only over those in situations that training has, or has not, as the folder's are. {} for
-    dialogues that generate.py didn't make, or, with a line that says why, where the model or the
-    data set is not there any more."""
+    {ppl_audio, ppl_text} of the system's rows over as many dialogues of the split it took its
+    prompts from, both sides, in situations that training has, or has not, as the folder's are. {}
+    for dialogues that generate.py didn't make, or, with a line that says why, where the model or
+    the data set is not there any more."""
     made, losses = dialogues[0]["settings"], []
     if "model" not in made:
         return {}
     try:
         model, tokenizer, fmt = load_model(made["model"])
-        rows = load_dialogues(made["data"], settings.split)
-        names = situations_of(made["data"], settings.split) or [""] * len(rows)
-        alike = [i for i, name in enumerate(itertools.islice(names, settings.n or None))
+        split = made.get("split", settings.split)
+        rows = load_dialogues(made["data"], split)
+        names = situations_of(made["data"], split) or [""] * len(rows)
+        alike = [i for i, name in enumerate(names)
                  if unseen({"situation": name or ""}) == unseen(dialogues[0])]
-        reference = Dialogues(rows.select(alike), tokenizer, fmt)
+        reference = Dialogues(rows.select(alike[:len(dialogues)]), tokenizer, fmt)
     except InputError as e:
         print(f"{name}: perplexity is left blank: {e}")
         return {}
@@ -845,17 +849,27 @@ def minutes(folders, settings):
     paths = sorted(path for folder in folders for path in Path(folder).glob("dialogue_*.json"))
     if not paths or not known:
         raise InputError("give a folder of generate.py, and data=FOLDER with a training split")
-    talks = [read_json(path, "generate.py writes such a file") for path in paths]
-    lasting = [len(talk["codes"][0][0]) / FRAME_RATE for talk in talks]  # seconds
-    for minute in range(int(max(lasting) // 60)):
-        rows = [score_minute([speaker["words"] for speaker in talk["speakers"]], 60 * minute, known)
-                for talk, end in zip(talks, lasting) if end >= 60 * (minute + 1)]
+    talks = [read_talk(path) for path in paths]
+    for minute in range(int(max(seconds for _, seconds in talks) // 60)):
+        rows = [score_minute(words, 60 * minute, known) for words, seconds in talks
+                if seconds >= 60 * (minute + 1)]
         columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
         lines[f"minute {minute + 1} (n={len(rows)})"] = {
             key: interval(np.nanmean, column) for key, column in columns.items()}
     if not lines:
         raise InputError("all dialogues are shorter than a minute; generate longer ones")
     print(markdown(table(lines, {key: (key, 1) for key in columns})))
+
+
+def read_talk(path):
+    """The words of both speakers, two lists, and the seconds of a dialogue of generate.py's."""
+    talk = read_json(path, "generate.py writes such a file")
+    try:
+        words = [[{key: word[key] for key in ("word", "start", "end", "kind")}
+                  for word in speaker["words"]] for speaker in talk["speakers"]]
+        return words, len(talk["codes"][0][0]) / FRAME_RATE
+    except (KeyError, TypeError, IndexError) as e:
+        raise InputError(f"{path}: is no dialogue of generate.py ({e!r})") from e
 
 
 def score_minute(talk, begin, known):

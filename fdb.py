@@ -207,9 +207,11 @@ def hear(sample, settings):
     """
     output, begin = Path(sample["folder"], settings.output), 0.0
     kept = output.with_suffix(".json")
-    if kept.exists() and kept.stat().st_mtime >= output.stat().st_mtime:
+    if kept.exists():
         known = read_json(kept, "remove it, it is made again")
-        if known.get("asr") == settings.asr:
+        if "asr" not in known:
+            raise InputError(f"{kept}: is of another program, and would be lost; move it away")
+        if known["asr"] == settings.asr and kept.stat().st_mtime >= output.stat().st_mtime:
             return [{"word": chunk["text"], "start": chunk["timestamp"][0],
                      "end": chunk["timestamp"][1]} for chunk in known["chunks"]]
     audio = read_audio(output, 1, RATE)[0].numpy()
@@ -234,9 +236,10 @@ def score_sample(sample, settings):
     """A sample -> its figures. Raises InputError if its output cannot be read."""
     folder = Path(sample["folder"])
     if sample["axis"] == "timing":
-        user, model = (speech(folder / name)[0] for name in ("input.wav", settings.output))
+        clean = "clean_" * settings.output.startswith("clean_")  # without the interruption
+        user, model = (speech(folder / name)[0] for name in (f"{clean}input.wav", settings.output))
         stop, response = find_intervals(user, model)
-        write_json(folder / "latency_intervals.json",
+        write_json(folder / f"{clean}latency_intervals.json",
                    {"latency_stop_list": stop, "latency_resp_list": response})
         return {"stop": stop, "response": response}
     words = hear(sample, settings)
@@ -293,10 +296,11 @@ def main(argv):
         raise InputError("no folder given; write python evaluate.py fdb DIR [DIR ...]; python -m "
                          "world.fdb makes a set")
     sets = {folder: find_samples(folder) for folder in folders}
-    for sample in itertools.chain(*sets.values()):
-        if not (path := Path(sample["folder"], settings.output)).exists():
-            raise InputError(f"{path}: is missing; python generate.py --user {folders[0]} makes a "
-                             "model's answers")
+    for folder, samples in sets.items():
+        for path in [Path(sample["folder"], settings.output) for sample in samples]:
+            if not path.exists():
+                raise InputError(f"{path}: is missing; python generate.py --user {folder} makes a "
+                                 "model's answers")
     make_folder(settings.out)
     results, named = {}, {}
     for folder, samples in sets.items():

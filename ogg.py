@@ -37,11 +37,12 @@ def ogg_page(packets, flags, granule, serial, number):
 class OggReader:
     """Bytes, cut anywhere -> the audio packets of the stream that began last.
 
-    Pages before the first beginning, of other streams, and with a wrong checksum are left out.
+    Pages before the first beginning, of other streams, and with a wrong checksum are left out, and
+    so is what remains of a packet that began or ends on one that is lost.
     """
 
     def __init__(self):
-        self.buffer, self.serial, self.part = b"", None, b""
+        self.buffer, self.serial, self.part, self.number = b"", None, b"", -1
 
     def read(self, data):
         """-> list of packets."""
@@ -73,15 +74,18 @@ class OggReader:
             self.serial, self.part = serial, b""
         if serial != self.serial:
             return []
-        if not flags & 1:  # not a continued packet
+        number = struct.unpack_from("<I", page, 18)[0]
+        if not flags & 1 or number != self.number + 1:
             self.part = b""
-        packets, at = [], 27 + len(lacing)
+        headless = flags & 1 and not self.part  # it goes on with a packet whose begin is lost
+        packets, at, self.number = [], 27 + len(lacing), number
         for size in lacing:
             self.part += page[at:at + size]
             at += size
             if size < 255:
-                packets.append(self.part)
-                self.part = b""
+                packets += [] if headless else [self.part]
+                self.part, headless = b"", False
+        self.part = b"" if headless else self.part
         return [p for p in packets if not p.startswith((b"OpusHead", b"OpusTags"))]
 
 
@@ -109,7 +113,7 @@ class OggWriter:
 
 def opus_samples(packet):
     """Samples at 24 kHz in an Opus packet, by its first bytes (RFC 6716, 3.1); 0: not a packet."""
-    if len(packet) < 2:
+    if len(packet) < 1 or packet[0] & 3 > 1 and len(packet) < 2:  # silence may be one byte
         return 0
     config, code = packet[0] >> 3, packet[0] & 3
     if config < 12:

@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 
 import train
+from codec import fingerprints
 from config import (
     InputError,
     load_settings,
@@ -57,6 +58,7 @@ from rewards import AXES, WEIGHTS, count_figures, draw_curves, merged, score
 from rewrite import load_chat_model
 from rollout import anchor_batch, draw_rows, held_out_rows, pad_rows, read_scenes, text_ids
 
+FILES = ("model", "segments", "val_segments")  # that must be those of before, too
 MAY_CHANGE = ("resume", "out", "updates", "eval_every", "micro_batch", "threads", "save_dtype")
 
 
@@ -308,7 +310,8 @@ def keep(run):
                         getattr(torch, cfg.save_dtype))
     state = {key: getattr(run, key) for key in ("step", "best", "spread", "log")}
     state |= {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-              "config": asdict(cfg), "world": run.world}
+              "config": asdict(cfg), "world": run.world,
+              "made_of": fingerprints(cfg, *FILES)}
     write_atomically(out / "state.pt", lambda path: torch.save(state, path))
 
 
@@ -372,11 +375,12 @@ def setup(cfg):
 def take_up(run):
     """The run where out/state.pt was written."""
     state = train.read_state(run.cfg, run.device, MAY_CHANGE, "model")
+    if state.get("made_of", now := fingerprints(run.cfg, *FILES)) != now:
+        raise InputError(f"{run.cfg.out} began with another {' or '.join(FILES)}; give a new out=")
     if run.rank == 0:
         train.remove_leftovers(run.cfg.out)
-    if run.rank == 0 and (before := state.get("world", run.world)) != run.world:
-        print(f"note: {before} processes before, {run.world} now; the rollouts are others than in "
-              "one go", flush=True)
+        if (before := state.get("world", run.world)) != run.world:
+            print(f"note: {before} processes before, {run.world} now", flush=True)
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     for key in ("step", "best", "spread", "log"):

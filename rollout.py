@@ -21,7 +21,6 @@ from data import (
     mark_ids,
     pad_left,
     prompt_parts,
-    segments,
     spoil,
     streams,
 )
@@ -44,6 +43,7 @@ from rewards import (
     words_of,
 )
 from turns import merge_words
+from world import segments
 
 
 class Steered(Draws):
@@ -153,8 +153,8 @@ def scene_of(run, entry, dialogue, context):
     own, user = item["audio"][:, d:][:, first:entry["end"]].chunk(2)  # (K, T)
     parts = list(prompt_parts(dialogue, system, run.fmt))
     parts[-1] &= entry["begin"] > first  # without a context, the user has the word
-    words = [word["word"] for part, _, _ in segments(dialogue, entry["user"])
-             for word in part["words"] if first < word["start"] * FRAME_RATE < entry["end"]]
+    words = [word["word"] for word in segments.words_of(dialogue)[entry["user"]]
+             if first <= word["start"] * FRAME_RATE < entry["end"]]
     return {"axis": entry["axis"], "prompt": make_prompt(*parts), "speaker": item["speaker"],
             "own": own, "user": user, "text": item["text"][first:first + user.shape[1]],
             "context": entry["begin"] - first, "frames": user.shape[1],

@@ -492,15 +492,18 @@ class Talk:
     def prepare(self, wishes):
         self.prefix(self.prompt(wishes), wishes["voice"])
 
-    def join(self, session):
-        """A row for a session's first frame."""
-        wishes = session.wishes
+    def sampling_for(self, wishes):
+        """The keywords of Sampler: the server's, and what a client wants instead."""
         own = {"decision_temperature": wishes["text_temperature"],
                "word_temperature": wishes["text_temperature"],
                "audio_temperature": wishes["audio_temperature"],
                "text_top_k": wishes["text_topk"], "audio_top_k": wishes["audio_topk"]}
-        own = {key: value for key, value in own.items() if value is not None}
-        sampler = self.generate.Sampler([wishes["seed"]], **self.sampling | own)
+        return self.sampling | {key: value for key, value in own.items() if value is not None}
+
+    def join(self, session):
+        """A row for a session's first frame."""
+        wishes = session.wishes
+        sampler = self.generate.Sampler([wishes["seed"]], **self.sampling_for(wishes))
         prefix = self.prefix(self.prompt(wishes), wishes["voice"])
         said, text = self.talkers.join(prefix, sampler)
         seat = self.seats[session] = Seat(self, session)
@@ -587,7 +590,8 @@ class Recording:
         silence = [self.talk.sound.silence.tolist()] * (late + 1)
         job = {"stem": str(self.stem), "model": self.talk.cfg.model, "codec": self.talk.cfg.codec,
                "rate": self.talk.codec.sample_rate, "wishes": self.wishes, "text": self.text,
-               "prompt": self.talk.prompt(self.wishes), "sampling": self.talk.sampling,
+               "prompt": self.talk.prompt(self.wishes),
+               "sampling": self.talk.sampling_for(self.wishes),
                "embedding": self.talk.embeddings[self.wishes["voice"]],
                "encoder": self.talk.encoder, "said": self.said,
                "heard": self.heard[late:] + silence}

@@ -114,8 +114,9 @@ def turn_taking(speech, duration):
     """Seconds per minute of IPU, pause, gap and overlap (Nguyen et al. 2023; paper 7.3).
 
     speech: two lists of voiced [start, end] in seconds; those less than 0.2 s apart are one IPU
-    (inter-pausal unit). Going through the IPUs of both by start, the silence from one to the next
-    is a pause (same speaker) or a gap (the other). duration: seconds.
+    (inter-pausal unit). Going through the IPUs of both by start, the time from one's end to the
+    next's start is a pause (same speaker) or a gap (the other): the authors' program's rule, by
+    which the time after a backchannel counts although the other speaks. duration: seconds.
     """
     ipus = sorted([*ipu, speaker] for speaker, own in enumerate(speech)
                   for ipu in join(sorted(own), 0.2))

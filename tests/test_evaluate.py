@@ -818,6 +818,16 @@ def test_words_names_and_slots(tmp_path, dialogues, monkeypatch):
     assert evaluate.score_text(dialogue | {"situation": ""}, Settings()) == {}
 
 
+def test_n_takes_the_first_and_their_failures(tmp_path):
+    """What is broken behind the first n was not asked for."""
+    folder = folder_of(tmp_path / "made", np.zeros((2205, 2)))
+    names = sorted(path.stem for path in folder.glob("*.wav"))
+    for name in (names[0], names[3]):
+        (folder / f"{name}.json").write_text("{")
+    found, failed = evaluate.find_dialogues(folder, Settings(n=2))
+    assert [dialogue["name"] for dialogue in found] == names[1:3] and [*failed] == names[:1]
+
+
 def test_unseen_situations_are_a_row_of_their_own(tmp_path, stub, monkeypatch, dialogues):
     """Its perplexity is that of the test set's dialogues in such situations."""
     pytest.importorskip("jiwer")
@@ -915,3 +925,6 @@ def test_minutes(tmp_path, monkeypatch, capsys):
     assert lines[-1].startswith("|minute2(n=1)|3.0|66.7|0.0|0.0|1.5|"), lines
     with pytest.raises(InputError, match="give a folder"):
         evaluate.main(["minutes", str(tmp_path / "none")])
+    (tmp_path / "dialogue_0001.json").write_text("{}")
+    with pytest.raises(InputError, match="dialogue_0001.json: is no dialogue of generate.py"):
+        evaluate.main(["minutes", str(tmp_path)])

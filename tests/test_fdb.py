@@ -1,6 +1,7 @@
 """fdb.py on intervals written by hand; world/fdb.py's layout; both from end to end, with a stub for
 the recogniser."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,23 @@ def test_end_to_end(made, tmp_path, monkeypatch, capsys):
     assert found["user interruption: stops after, s ↓"] > 3
     chunks = json.loads((made / "v1_0/synthetic_turn_taking/0/output.json").read_text())["chunks"]
     assert chunks[0]["text"] == "yes" and chunks[0]["timestamp"][0] == 0
+
+
+def test_a_clean_answer_is_timed_against_the_clean_input(made, tmp_path, monkeypatch):
+    folder, heard = made / "v1_5/user_interruption/0", []
+    shutil.copy(folder / "output.wav", folder / "clean_output.wav")
+    monkeypatch.setattr(fdb, "speech", lambda path: (heard.append(path.name) or [(0, 1)], 1))
+    sample = {"folder": str(folder), "axis": "timing"}
+    fdb.score_sample(sample, fdb.Settings(output="clean_output.wav"))
+    assert heard == ["clean_input.wav", "clean_output.wav"]
+    assert (folder / "clean_latency_intervals.json").exists()
+
+
+def test_what_another_program_heard_is_not_lost(made, tmp_path):
+    folder = shutil.copytree(made / "v1_0/synthetic_turn_taking/0", tmp_path / "0")
+    (folder / "output.json").write_text('{"text": "yes", "chunks": []}')
+    with pytest.raises(InputError, match="output.json: is of another program, and would be lost"):
+        fdb.hear({"folder": str(folder), "axis": "turn"}, fdb.Settings())
 
 
 def test_what_is_wrong_is_said(made, tmp_path):

@@ -257,6 +257,9 @@ def test_run_goes_on(folder, tmp_path, monkeypatch, capsys):
     assert "note: 2 processes before, 1 now" in capsys.readouterr().out
     with pytest.raises(InputError, match="other settings .kl.;"):
         reinforce.main([*words, f"out={tmp_path}/part", "resume=true", "kl=0.5"])
+    torch.save(states[1] | {"made_of": {"model": "another"}}, tmp_path / "part" / "state.pt")
+    with pytest.raises(InputError, match="began with another model or segments or val_segments"):
+        reinforce.main([*words, f"out={tmp_path}/part", "resume=true"])
     (tmp_path / "part" / "state.pt").write_bytes(b"cut off")
     with pytest.raises(InputError, match=f"model={tmp_path}/part/last"):
         reinforce.main([*words, f"out={tmp_path}/part", "resume=true"])

@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 from concurrent.futures import BrokenExecutor, Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,6 +79,36 @@ def pages(audio, layout="bench"):
         stream = b"".join(made)
         made = [stream[i:i + 100] for i in range(0, len(stream), 100)]
     return [b"\x01" + page for page in made]
+
+
+def test_opus_packets_of_one_byte_are_silence():
+    assert [ogg.opus_samples(bytes([toc])) for toc in (0x78, 0xF8, 0x68)] == [480, 480, 480]
+    assert [ogg.opus_samples(packet) for packet in (b"", b"\x02", b"\x03")] == [0, 0, 0]
+
+
+def test_a_packet_whose_begin_is_lost_is_left_out():
+    """Packets over two pages; the page with the first's begin, or the one with its end, is lost."""
+    def page(lacing, body, flags, number):
+        head = struct.pack("<4sBBqIIIB", b"OggS", 0, flags, 0, 7, number, 0, len(lacing))
+        whole = head + bytes(lacing) + body
+        return whole[:22] + struct.pack("<I", ogg.ogg_crc(whole)) + whole[26:]
+    first = page([3], b"one", 2, 0)
+    begin, end = page([255], b"a" * 255, 0, 1), page([4, 5], b"tailwhole", 1, 2)
+    assert ogg.OggReader().read(first + begin + end) == [b"one", b"a" * 255 + b"tail", b"whole"]
+    assert ogg.OggReader().read(first + end) == [b"one", b"whole"]
+    broken = begin[:-1] + b"b"
+    assert ogg.OggReader().read(first + broken + end) == [b"one", b"whole"]
+    late = page([4, 5], b"tailwhole", 1, 3)
+    assert ogg.OggReader().read(first + begin + late) == [b"one", b"whole"]
+
+
+def test_a_recording_names_the_sampling_that_was_used():
+    wishes = dict.fromkeys(("text_temperature", "audio_temperature", "text_topk", "audio_topk"))
+    talk = SimpleNamespace(sampling={"top_k": 0, "word_temperature": 0.4})
+    assert serve.Talk.sampling_for(talk, wishes) == talk.sampling
+    found = serve.Talk.sampling_for(talk, wishes | {"text_temperature": 0.7, "audio_topk": 5})
+    assert found == {"top_k": 0, "word_temperature": 0.7, "decision_temperature": 0.7,
+                     "audio_top_k": 5}
 
 
 async def speak(address, messages, **query):
