@@ -1,6 +1,7 @@
 """The rows of the paper's tables 1, 2 and 6 at the small size, and the shipped recipe's worth.
 
-    python -m world.ablate                                 every row: hours on two cores
+    python -m world.ablate                                 every row: hours on two cores (the data
+                                                           set of the recipe, runs/world, is there)
     python -m world.ablate rows="word 2,no text" steps=200 n=20 out=runs/try
     python -m world.ablate rows="marks plain"              later, one more: finished rows are kept
 
