@@ -410,7 +410,7 @@ def main(argv):
         raise InputError(f"pairs={cfg.pairs}: give numbers of dialogues, as 1 8 64")
     if cfg.long < 10:
         raise InputError(f"long={cfg.long}: must be 10 or more, since tenths are compared")
-    if not cfg.backbone and (min(cfg.heads, cfg.hidden) < 1 or cfg.hidden % (2 * cfg.heads)):
+    if not cfg.backbone and cfg.hidden % (2 * cfg.heads):
         raise InputError(f"hidden={cfg.hidden}: must be an even multiple of heads={cfg.heads}")
     config = backbone_config(cfg)
     machine = this_machine(cfg)

@@ -286,7 +286,6 @@ def find_dialogues(folder, settings):
         reasons = "; ".join(f"{name} {why}" for name, why in itertools.islice(failed.items(), 3))
         failing = f" ({len(failed)} that fail: {reasons})" if failed else ""
         raise InputError(f"{folder}: holds no dialogue{failing}; each needs NAME.wav and NAME.json")
-    found = found[:settings.n] if settings.n else found
     ways = {dialogue["made"]: dialogue["name"] for dialogue in found}
     if len(ways) > 1:
         two = " and ".join(itertools.islice(ways.values(), 2))

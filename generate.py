@@ -35,6 +35,7 @@ from codec import (
     decode_in_pieces,
     encode_in_pieces,
     fingerprint,
+    fingerprints,
     load_codec,
     read_audio,
     resample,
@@ -1000,17 +1001,17 @@ def save_dialogue(stem, audio, sample_rate, speakers, texts, codes, tokenizer, r
 def made_from(cfg, sampling):
     """What a dialogue's JSON says of how it was made: the settings, the keywords of Sampler, and
     the fingerprints of the files at the settings' paths, where others may lie the next time."""
-    paths = {key: getattr(cfg, key) for key in ("model", "codec", "prompts")}
-    folder = cfg.user and Path(cfg.user).is_dir()
+    keys, folder = ["model", "codec", "prompts"], cfg.user and Path(cfg.user).is_dir()
     if cfg.prompts or folder:  # the prompt.json files of a folder name voices, too
-        paths["voices"] = cfg.voices
-    if cfg.user and not folder:
-        paths["user"] = cfg.user
-    info = Path(cfg.data) / "info.json"  # what the data set was made of
-    if not cfg.prompts and info.exists():
-        paths["data"] = str(info)
-    files = {key: fingerprint(path) for key, path in paths.items() if path}
-    if not cfg.prompts:  # of the shards only the sizes: they may be gigabytes
+        keys.append("voices")
+    if not folder:
+        keys.append("user")
+    files = fingerprints(cfg, *keys)
+    if not cfg.prompts:
+        info = Path(cfg.data) / "info.json"  # what the data set was made of
+        if info.exists():
+            files["data"] = fingerprint(info)
+        # of the shards only the sizes: they may be gigabytes
         shards = sorted(Path(cfg.data).glob(f"{glob.escape(cfg.split)}-*.parquet"))
         files["sizes"] = [path.stat().st_size for path in shards]
     if folder:

@@ -31,7 +31,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from codec import load_codec
+from codec import fingerprint, load_codec
 from config import (
     InputError,
     load_settings,
@@ -609,12 +609,11 @@ def compose_shard(item, settings):
 def bank_fingerprint(settings):
     """16 hex digits that tell banks apart: of the file of codes, or of the recordings' names and
     sizes."""
-    if settings.audio:
-        clips = sorted(Path(settings.audio).glob("*/*.*"))
-        told = json.dumps([[*path.parts[-2:], path.stat().st_size] for path in clips]).encode()
-    else:
-        told = Path(settings.bank).read_bytes() if Path(settings.bank).is_file() else b""
-    return hashlib.sha256(told).hexdigest()[:16]
+    if not settings.audio:
+        return fingerprint(settings.bank)
+    clips = sorted(Path(settings.audio).glob("*/*.*"))
+    told = json.dumps([[*path.parts[-2:], path.stat().st_size] for path in clips])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def write_recordings(settings, count, mark):
