@@ -9,6 +9,7 @@ import pytest
 import soundfile
 from conftest import ROOT
 
+import data
 import evaluate
 import fdb
 from config import InputError
@@ -127,6 +128,16 @@ def test_what_the_json_says_is_heard(made):
     assert told[-1]["timestamp"][1] == pytest.approx(seconds - 0.05, abs=0.01)
     truth = json.loads((made / "v1_0/synthetic_backchannel/icc_gt_distribution.json").read_text())
     assert sum(truth["0"]) == pytest.approx(1)
+
+
+def test_prompts_ask_for_the_same_or_for_what_the_dialogue_holds(made):
+    dialogue = load_dialogues(made.parent / "data", "test")[0]
+    for user in (0, 1):
+        own = data.event_counts(dialogue, 1 - user, data.StreamFormat())
+        for chosen, expected in ((False, (2, 0)), (True, own)):
+            settings = world_fdb.Settings(own_counts=chosen)
+            (system, _), = world_fdb.prompt_of(dialogue, user, settings)
+            assert (system["backchannels"], system["interruptions"]) == expected
 
 
 def test_end_to_end(made, tmp_path, monkeypatch, capsys):

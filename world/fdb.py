@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from codec import load_codec, resample, write_audio
 from config import InputError, load_settings, make_folder, write_json
-from data import FRAME_RATE, load_dialogues
+from data import FRAME_RATE, StreamFormat, event_counts, load_dialogues
 from fdb import histogram
 from prepare import claim
 from world import bank, segments
@@ -50,6 +50,7 @@ class Settings:
     wait: float = 4.0  # seconds of silence behind what is to be answered
     backchannels: int = 2  # asked for in the prompts
     interruptions: int = 0
+    own_counts: bool = False  # they ask for what the whole dialogue's speaker did instead
     seed: int = 0
 
 
@@ -112,7 +113,10 @@ def prompt_of(dialogue, user, settings):
         return {"name": dialogue["speakers"][side],
                 "narrative": dialogue[f"new_narrative_s{side + 1}"], **counts,
                 "starts": side == user, "voice": dialogue["tts_speaker_ids"][side]}
-    asked = {key: getattr(settings, key) for key in ("backchannels", "interruptions")}
+    numbers = settings.backchannels, settings.interruptions
+    if settings.own_counts:
+        numbers = event_counts(dialogue, 1 - user, StreamFormat())
+    asked = dict(zip(("backchannels", "interruptions"), numbers))
     return [[speaker(1 - user, **asked), speaker(user, backchannels=0, interruptions=0)]]
 
 
