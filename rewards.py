@@ -146,8 +146,11 @@ def rate(judge, rows):
     rollout.py: of the instruction, and of the axes in which the system is to answer."""
     from rewrite import write
     rows = [row for row in rows if row.get("axis") not in ("pause", "backchannel")]
-    prompts = [JUDGE.format(user=row["heard"], own=row["said"]) for row in rows]
-    for row, text in zip(rows, write(*judge, prompts, 1, 0) if rows else ()):
+    for row in rows:  # small judges call silence specific
+        row["rewards"]["judge"] = 0.0
+    spoken = [row for row in rows if row["said"].strip()]
+    prompts = [JUDGE.format(user=row["heard"], own=row["said"]) for row in spoken]
+    for row, text in zip(spoken, write(*judge, prompts, 1, 0) if spoken else ()):
         row["rewards"]["judge"] = {"1": 1.0, "2": 2.0}.get(text.strip()[:1], 0.0)
 
 

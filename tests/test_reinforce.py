@@ -344,6 +344,16 @@ def test_axis_rewards():
     assert silent == {"delay": -4, "yields": 0, "answer": 0}
 
 
+def test_a_judge_rates_what_is_said_and_never_silence(monkeypatch):
+    import rewrite
+    monkeypatch.setattr(rewrite, "write", lambda model, tokenizer, prompts, *_: [
+        " 2" if "B: to london" in prompt else "1, generic" for prompt in prompts])
+    rows = [{"heard": "where to", "said": said, "rewards": {}, "axis": axis} for said, axis in
+            (("to london", "turn"), ("", "turn"), ("well", "interruption"), ("hm", "pause"))]
+    rewards.rate((None, None), rows)
+    assert [row["rewards"] for row in rows] == [{"judge": 2.0}, {"judge": 0.0}, {"judge": 1.0}, {}]
+
+
 def test_no_reward_of_the_two_tasks_shares_a_name():
     """Each has a spread and a column of its own."""
     talk = rewards.instruction_rewards([], [], (0, 0), 9)
