@@ -96,7 +96,7 @@ def is_poor(own, least):
 def axis_rewards(axis, own, events, end):
     """{name: reward} with a recorded user. own: segments; events: [[begin, end]], what they are
     depends on the axis (world/segments.py); end: of the segment. `pause` is Full-Duplex-Bench's
-    rule, `turn` and `answer` are ours; the others follow the paper."""
+    rule, `turn`, `delay` and `answer` are ours; the others follow the paper."""
     new = [s for s in own if 0 <= s["start"] < end]  # what began before is the recording's
     long = [s for s in new if s["end"] - s["start"] > BRIEF]
     if axis == "pause":  # the user only pauses; a takeover is Full-Duplex-Bench's
@@ -105,17 +105,21 @@ def axis_rewards(axis, own, events, end):
         return {"pause": -float(lasts >= BRIEF or words > 3)}
     if axis == "turn":  # the paper's minus delay pays for barging in
         late = long[0]["start"] - events[-1][1] if long else math.inf
-        return {"turn": math.exp(-0.5 * (late / (LATE if late > 0 else EARLY)) ** 2),
-                "answer": answer(long)}
+        return {"turn": on_time(late), "answer": answer(long)}
     if axis == "backchannel":
         return {"backchannel_f1": f1([s["start"] for s in new if s not in long],
                                      [begin for begin, _ in events], len(long))}
     begin, stop = events[-1]  # the user interrupts
     cut = [s["end"] - begin for s in own if s["start"] < begin < s["end"]]
     answers = [s for s in long if s["start"] > begin and s["start"] >= stop - EARLY]
-    late = abs(answers[0]["start"] - stop) if answers else end - stop
-    return {"delay": -late, "answer": answer(answers),  # who was silent has yielded nothing
+    late = answers[0]["start"] - stop if answers else math.inf
+    return {"delay": on_time(late), "answer": answer(answers),  # who was silent has yielded nothing
             "yields": 1 - goes_on(max(cut)) if cut else 0.0}
+
+
+def on_time(late):
+    """From 0 to 1: an answer so many seconds after a turn's end, or, below 0, before it."""
+    return math.exp(-0.5 * (late / (LATE if late > 0 else EARLY)) ** 2)
 
 
 def answer(segments):

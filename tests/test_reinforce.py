@@ -333,15 +333,15 @@ def test_axis_rewards():
     assert rewards.axis_rewards("backchannel", [], events, 9)["backchannel_f1"] == 0
     speaking = said(-1, 4.2, "so as i said")
     good = rewards.axis_rewards("interruption", [speaking, turn], [[4, 5]], 9)
-    assert good["yields"] == 1 and good["delay"] == pytest.approx(-0.2) and good["answer"] == 1
+    assert good["yields"] == 1 and good["delay"] > 0.95 and good["answer"] == 1
     brief = rewards.axis_rewards("interruption", [said(-1, 0, "oh"), said(5, 5.4)], [[4, 5]], 9)
-    assert brief == {"delay": -4, "yields": 0, "answer": 0}  # nor has who spoke long ago yielded
+    assert brief == {"delay": 0, "yields": 0, "answer": 0}  # nor has who spoke long ago yielded
     pieces = [said(t, t + 0.8) for t in (1, 3, 5)]
     assert rewards.axis_rewards("pause", pieces, [], 9) == {"pause": -1}
     assert rewards.axis_rewards("pause", [said(1, 1.4, "uh huh")], [], 9) == {"pause": 0}
     assert rewards.axis_rewards("pause", [said(1, 1.9, "oh i see it")], [], 9) == {"pause": -1}
     silent = rewards.axis_rewards("interruption", [], [[4, 5]], 9)
-    assert silent == {"delay": -4, "yields": 0, "answer": 0}
+    assert silent == {"delay": 0, "yields": 0, "answer": 0}
 
 
 def test_a_judge_rates_what_is_said_and_never_silence(monkeypatch):
