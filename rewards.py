@@ -195,14 +195,15 @@ def draw_curves(path, log):
               "rewards, held out": [key for key in names if key.startswith("held_out_")],
               "counts, held out": [key for key in names if key.startswith(("r_", "exact_"))],
               "KL divergence a frame": ["kl"]}
-    fig, axes = plt.subplots(2, 2, figsize=(14, 8))
+    fig, axes = plt.subplots(2, 2, figsize=(16, 8))
     for ax, (title, keys) in zip(axes.flat, panels.items()):
+        ax.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # as many as there are rewards
         for key in keys:
             rows = [row for row in log if key in row]
             ax.plot([row["update"] for row in rows], [row[key] for row in rows], ".-", label=key)
         ax.set(title=title, xlabel="update")
         if keys:
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.tight_layout()
     fig.savefig(path, dpi=70, format="png")
     plt.close(fig)
