@@ -200,10 +200,11 @@ def test_advantages(start):
 
 def test_counts_follow_on_a_toy(start, monkeypatch):
     """Fifty updates of a random model: the number of marks comes to follow the prompt's, which is
-    all the prompt here. The reward counts marks alone, for a random model says no words."""
+    all the prompt here. The reward counts marks alone, for a random model says no words. With half
+    of the pairs one seed in ten ends below 0.5, and which one depends on the machine's rounding."""
     monkeypatch.setattr("rollout.make_prompt", lambda *parts: f"{parts[3]}")
-    run = start("updates=50", "frames=10", "pairs=8", "group=4", "lr=1e-2", "anchor=0", "kl=0",
-                "micro_batch=64", "backchannels=6", axes=False)
+    run = start("updates=50", "frames=10", "pairs=16", "group=4", "lr=1e-2", "anchor=0",
+                "kl=0", "micro_batch=128", "backchannels=6", axes=False)
 
     def draw(step):
         run.step, rows = step, reinforce.draw_rows(run)
@@ -213,7 +214,7 @@ def test_counts_follow_on_a_toy(start, monkeypatch):
         return rows
 
     def correlation():
-        rows = draw(1000)
+        rows = [row for step in range(1000, 1004) for row in draw(step)]
         return torch.corrcoef(torch.tensor([(row["asked"][0], row["found"][0]) for row in rows]).T
                               .float())[0, 1].item()
     before = correlation()
