@@ -9,11 +9,10 @@ import pytest
 import soundfile
 from conftest import ROOT
 
-import data
 import evaluate
 import fdb
 from config import InputError
-from data import load_dialogues
+from data import StreamFormat, event_counts, load_dialogues
 from fdb import divergence, find_intervals, score_backchannel, takeover
 from world import fdb as world_fdb
 
@@ -133,7 +132,7 @@ def test_what_the_json_says_is_heard(made):
 def test_prompts_ask_for_the_same_or_for_what_the_dialogue_holds(made):
     dialogue = load_dialogues(made.parent / "data", "test")[0]
     for user in (0, 1):
-        own = data.event_counts(dialogue, 1 - user, data.StreamFormat())
+        own = event_counts(dialogue, 1 - user, StreamFormat())
         for chosen, expected in ((False, (2, 0)), (True, own)):
             settings = world_fdb.Settings(own_counts=chosen)
             (system, _), = world_fdb.prompt_of(dialogue, user, settings)

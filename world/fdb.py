@@ -109,15 +109,15 @@ def describe(segment, dialogue):
 
 def prompt_of(dialogue, user, settings):
     """The model's side and the user's, in the form of generate.py's prompts."""
-    def speaker(side, **counts):
+    def speaker(side, backchannels, interruptions):
         return {"name": dialogue["speakers"][side],
-                "narrative": dialogue[f"new_narrative_s{side + 1}"], **counts,
+                "narrative": dialogue[f"new_narrative_s{side + 1}"],
+                "backchannels": backchannels, "interruptions": interruptions,
                 "starts": side == user, "voice": dialogue["tts_speaker_ids"][side]}
-    numbers = settings.backchannels, settings.interruptions
+    asked = settings.backchannels, settings.interruptions
     if settings.own_counts:
-        numbers = event_counts(dialogue, 1 - user, StreamFormat())
-    asked = dict(zip(("backchannels", "interruptions"), numbers))
-    return [[speaker(1 - user, **asked), speaker(user, backchannels=0, interruptions=0)]]
+        asked = event_counts(dialogue, 1 - user, StreamFormat())
+    return [[speaker(1 - user, *asked), speaker(user, 0, 0)]]
 
 
 def sound(codec, codes, seconds):
