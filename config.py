@@ -226,7 +226,7 @@ def load_settings(cls, argv, folders=None):
             new, where = _read_yaml(word), word
         for key, value in new.items():
             if key not in fields:
-                near = difflib.get_close_matches(key, fields, 1)
+                near = difflib.get_close_matches(str(key), fields, 1)
                 hint = (f", did you mean '{near[0]}'?" if near
                         else f"; known ones: {', '.join(fields)}")
                 raise InputError(f"{where}: unknown setting '{key}'{hint}")

@@ -41,7 +41,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from config import InputError, hub_problem, load_settings, make_folder, read_json
+from config import InputError, brief, hub_problem, load_settings, make_folder, read_json
 
 # a handful of words at a time: handing them to threads takes longer, on a busy machine much longer
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -51,6 +51,8 @@ BC, INTER = "[BC]", "[INTER]"
 COUNTED = {BC: [f"[BC{i}]" for i in range(1, 41)], INTER: [f"[INTERRUPT{i}]" for i in range(1, 21)]}
 # in this order behind the tokenizer's own vocabulary, as in the released checkpoints
 EXTRA_TOKENS = [SILENCE_PAD, UTTERANCE_PAD, WORD_PAD, BC, INTER, *COUNTED[INTER], *COUNTED[BC]]
+# the counts in a prompt, and their marks' kind as mark_kind names it
+KINDS = {"backchannels": "backchannel", "interruptions": "interruption"}
 MARK_KINDS = (dict.fromkeys([BC, *COUNTED[BC]], "backchannel")
               | dict.fromkeys([INTER, *COUNTED[INTER]], "interruption"))
 COLUMNS = ["narrative", "new_narrative_s1", "new_narrative_s2", "speakers", "utterances",
@@ -482,6 +484,16 @@ def made_with(source):
     return {key: info[key] for key in keys if key in info}
 
 
+def check_codec(folder, source, goes_with):
+    """Raise InputError where the codes of the data set in `folder` are not of the codec whose
+    fingerprint is `goes_with`; of a set that does not tell, they may be. source: what it is the
+    codec of, for the message."""
+    if (made := made_with(folder).get("codec_fingerprint", goes_with)) != goes_with:
+        raise InputError(f"{folder}: its codes are of another codec (fingerprint {made}) than "
+                         f"{source} ({goes_with}), and mean other sounds; give what belongs "
+                         "together")
+
+
 def dialogue_name(dialogue):
     """How a dialogue is called in messages: its file's name, else its number."""
     return str(dialogue.get("file_name") or dialogue.get("soda_index"))
@@ -833,7 +845,10 @@ def main(argv):
         raise InputError(f"start={cfg.start}: the dialogue lasts "
                          f"{len(item['text']) / FRAME_RATE:.1f} s")
     names = [dialogue["speakers"][cfg.system], dialogue["speakers"][1 - cfg.system]]
-    draw_streams(item, tokenizer, fmt, names, int(cfg.start * FRAME_RATE), cfg.out)
+    try:
+        draw_streams(item, tokenizer, fmt, names, int(cfg.start * FRAME_RATE), cfg.out)
+    except (OSError, ValueError) as e:  # no such folder, a suffix that is no picture's
+        raise InputError(f"out={cfg.out}: {brief(e)}; give the path of a .png") from e
     print(f"\n{len(item['prompt'])} prompt tokens, {len(item['text'])} frames; drawn to {cfg.out}")
 
 

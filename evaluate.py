@@ -58,10 +58,13 @@ from data import (
     BC,
     FRAME_RATE,
     INTER,
+    KINDS,
     Dialogues,
+    check_codec,
     collate,
     instruction,
     is_number,
+    is_usable,
     load_dialogues,
     made_with,
     mark_ids,
@@ -97,7 +100,6 @@ from turns import (
 
 KNOWN = 5000  # training dialogues whose texts are the known words: enough to hold every one
 CACHE = 4  # raise when `hear` changes, so that old results are not taken for new ones
-KINDS = {"backchannels": "backchannel", "interruptions": "interruption"}  # -> data.mark_kind's
 
 
 @dataclass
@@ -201,6 +203,7 @@ def from_data_set(folder, settings):
     """Dialogues of a data set of prepare.py, to be decoded by the codec -> (list, failures)."""
     if not settings.codec:
         raise InputError(f"{folder}: holds codes, not audio; add codec=FILE, their codec")
+    check_codec(folder, settings.codec, fingerprint(settings.codec))
     rows, found, failed = load_dialogues(folder, settings.split), [], {}
     encoder = made_with(folder).get("speaker_encoder", "")
     for i, row in enumerate(rows.select(range(min(settings.n or len(rows), len(rows))))):
@@ -234,6 +237,10 @@ def from_files(note, sound, settings):
         raise InputError(f"has {len(speakers)} speakers, must have 2")
     ends = [0]
     for speaker in speakers:
+        if not isinstance(speaker.get("text") or "", str):
+            raise InputError(f"the text of a speaker is {speaker['text']!r}, must be text")
+        if not isinstance(speaker.get("embedding") or [], list):
+            raise InputError("the embedding of a speaker must be a list of numbers")
         for part in (speaker, *(speaker.get("words") or [])):
             seconds(part, "start", "end")
             ends.append(part.get("end") or 0)
@@ -717,7 +724,8 @@ def narrative_of(dialogue):
     """What both prompts tell, as the model read it."""
     told = []
     for speaker in dialogue["speakers"]:
-        in_prompt = re.search(r"^Narrative:\n- (.*)$", speaker.get("prompt") or "", re.MULTILINE)
+        in_prompt = re.search(r"^Narrative:\n- (.*?)\n\nYour behaviors:$",
+                              speaker.get("prompt") or "", re.MULTILINE | re.DOTALL)
         told.append(in_prompt[1] if in_prompt else speaker.get("narrative") or "")
     return " ".join(dict.fromkeys(told)).strip()
 
@@ -773,10 +781,14 @@ def predict(model, items, tokenizer, fmt):
     return hidden, batch
 
 
-def load_model(name):
-    """(model, tokenizer, format) of a checkpoint."""
+def load_model(name, data):
+    """(model, tokenizer, format) of a checkpoint. Raises InputError where the codes of the data set
+    in the folder `data` are of another codec."""
     from model import load_checkpoint  # here, since it takes seconds to import, in every worker too
-    return load_checkpoint(name, "cuda" if torch.cuda.is_available() else "cpu")[:3]
+    *parts, trained = load_checkpoint(name, "cuda" if torch.cuda.is_available() else "cpu")
+    if "codec_fingerprint" in trained:
+        check_codec(data, name, trained["codec_fingerprint"])
+    return parts
 
 
 @torch.inference_mode()
@@ -790,7 +802,7 @@ def perplexity(name, dialogues, settings):
     if "model" not in made:
         return {}
     try:
-        model, tokenizer, fmt = load_model(made["model"])
+        model, tokenizer, fmt = load_model(made["model"], made["data"])
         split = made.get("split", settings.split)
         rows = load_dialogues(made["data"], split)
         names = situations_of(made["data"], split) or [""] * len(rows)
@@ -815,14 +827,14 @@ def probe(settings):
     the count: where the history lacks what is asked for, the chance stays, frame after frame.)"""
     if min(settings.n, settings.most) < 0:
         raise InputError("n and most must be at least 0")
-    model, tokenizer, fmt = load_model(settings.model)
+    model, tokenizer, fmt = load_model(settings.model, settings.data)
     rows = load_dialogues(settings.data, settings.split)
     rows = rows.select(range(min(settings.n or len(rows), len(rows))))
     if fmt.behaviour_tokens == "none":
         raise InputError(f"model={settings.model}: has no marks in its text stream to be counted")
     expected = {kind: [] for kind in KINDS}
     for row, side in tqdm(itertools.product(rows, (0, 1)), "probe", 2 * len(rows)):
-        item = streams(row, side, tokenizer, fmt)
+        item = streams(row, side, tokenizer, fmt) if is_usable(row, fmt) else None
         for kind in KINDS if item else ():
             prompt, items = instruction(row, side, fmt), []
             for count in range(settings.most + 1):
@@ -830,6 +842,8 @@ def probe(settings):
                 ids = tokenizer.encode(asked, add_special_tokens=False)
                 items.append(item | {"prompt": torch.tensor(ids)})
             expected[kind].append(expected_marks(model, items, kind, tokenizer, fmt))
+    if not any(expected.values()):
+        raise InputError(f"data={settings.data}: has no dialogue that fits model={settings.model}")
     lines = {}
     for count in range(settings.most + 1):
         lines[f"{count} in the prompt"] = {kind: interval(np.mean, np.array(values)[:, count])
@@ -1163,10 +1177,13 @@ def find_utterances(settings, rate):
     found = []
     for path in sounds:
         info = read_json(path.with_suffix(".json"), "a dialogue's JSON is needed")
-        for u in info.get("utterances", ()):
-            if (None not in (u.get("end_time"), u.get("speaker_idx"))
-                    and len(normalise(u["tts_text"]).split()) >= 4):
-                found.append((path, u))
+        try:
+            found += [(path, u) for u in info.get("utterances", ())
+                      if None not in map(u.get, ("start_time", "end_time", "speaker_idx"))
+                      and len(normalise(u["tts_text"]).split()) >= 4]
+        except (KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"{path.with_suffix('.json')}: is not that of a dialogue "
+                             f"({e!r})") from e
     if not found:
         raise InputError(f"{folder}: no utterance with speaker_idx, start_time and end_time here; "
                          "give a raw corpus with times")

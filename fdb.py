@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.distance import jensenshannon
 
-from codec import read_audio
+from codec import fingerprint, read_audio
 from config import InputError, load_settings, make_folder, read_json, write_json
 from evaluate import draw_table, interval, markdown, table, with_bar
 from listen import RATE, recognise, voiced
@@ -196,22 +196,22 @@ def listeners(folder):
     """The histogram of the listeners' backchannels in this sample."""
     path = folder.parent / "icc_gt_distribution.json"
     truth = read_json(path, "copy the benchmark's own to here, or make the set with world.fdb")
-    if folder.name not in truth:
+    if not isinstance(truth, dict) or not truth.get(folder.name):
         raise InputError(f"{path}: has no sample '{folder.name}'; is it of this set?")
     return truth[folder.name]
 
 
 def hear(sample, settings):
     """The words of a sample's output, [{word, start, end}]; they are kept in output.json beside it,
-    in the benchmark's form, and heard again only if the output is newer or the recogniser another.
+    in the benchmark's form, and heard again only if the output or the recogniser is another.
     """
     output, begin = Path(sample["folder"], settings.output), 0.0
-    kept = output.with_suffix(".json")
+    kept, sound = output.with_suffix(".json"), fingerprint(output)
     if kept.exists():
         known = read_json(kept, "remove it, it is made again")
-        if "asr" not in known:
+        if not isinstance(known, dict) or not {"asr", "chunks"} <= set(known):
             raise InputError(f"{kept}: is of another program, and would be lost; move it away")
-        if known["asr"] == settings.asr and kept.stat().st_mtime >= output.stat().st_mtime:
+        if known["asr"] == settings.asr and known.get("fingerprint") == sound:
             return [{"word": chunk["text"], "start": chunk["timestamp"][0],
                      "end": chunk["timestamp"][1]} for chunk in known["chunks"]]
     audio = read_audio(output, 1, RATE)[0].numpy()
@@ -222,7 +222,7 @@ def hear(sample, settings):
              for word in (recognise(audio, voiced(audio), settings.asr) if len(audio) else [])]
     chunks = [{"text": word["word"], "timestamp": [word["start"], word["end"]]} for word in words]
     text = " ".join(word["word"] for word in words)
-    write_json(kept, {"text": text, "chunks": chunks, "asr": settings.asr})
+    write_json(kept, {"text": text, "chunks": chunks, "asr": settings.asr, "fingerprint": sound})
     return words
 
 

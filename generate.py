@@ -77,7 +77,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a name may hold $
 import matplotlib.pyplot as plt  # noqa: E402  the backend has to be chosen first
 
-LOOK = 16  # frames between two looks at which dialogues are over: a look waits for the GPU
+LOOK = 16  # frames between two looks at which dialogues are over, where a look waits for the GPU
 ANSWER_RATE = 16000  # Hz, of the answers to a folder of recordings
 LLAMA_LIKE = ("llama", "mistral", "qwen2")  # what decode_frame knows; all three are one structure
 
@@ -171,6 +171,10 @@ def sampling_of(cfg, trained):
     if unknown := set(stored) - set(names):
         raise InputError(f"the checkpoint's config.json: `sampling` has {sorted(unknown)}; known "
                          f"are {', '.join(names)}")
+    for name, value in stored.items():
+        if value is not None and not is_number(value):
+            raise InputError(f"the checkpoint's config.json: `sampling` has {name}={value!r}, "
+                             "must be a number")
     # temperature=1 on the command line means all temperatures, also where the checkpoint has three
     kept = {name: value for name, value in stored.items()
             if not any(name.endswith(f"_{common}") for common in asked)}
@@ -640,10 +644,10 @@ class Conversation:
 
 @torch.no_grad()
 def converse(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user_codes=None,
-             on_frame=None, may_end=True):
+             on_frame=None, may_end=True, bar=None):
     """Dialogues frame by frame (paper section 5.1), in one batch that each leaves when it is over.
-    Arguments as of `talk`; may_end: whether the model may draw the end id. Yields (i, [(codes, text
-    ids) of each row]) when dialogue i is over."""
+    Arguments as of `talk`; may_end: whether the model may draw the end id; bar: a tqdm of the
+    frames that have audio. Yields (i, [(codes, text ids) of each row]) when dialogue i is over."""
     sides, device = (2 if user_codes is None else 1), model.dsu_head.weight.device
     if user_codes is not None:
         heard = user_codes.movedim(-1, 0).to(device)  # (T, K) or (T, B, K)
@@ -657,13 +661,14 @@ def converse(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user
     text = begin.new_full((len(prompts), fmt.delay + frames), tokenizer.eos_token_id)
     text[:, :fmt.delay] = begin[:, :fmt.delay]
     rows = list(range(len(prompts)))  # which prompt each row of the batch is of
+    look = 1 if on_frame or device.type == "cpu" else LOOK
     for t in range(min(fmt.delay, max_frames) if on_frame else 0):
         on_frame(t, text[:, t].tolist())
     for t in range(frames):
         codes[rows, :, t] = batch.said[:len(batch)]
         text[rows, fmt.delay + t] = batch.text[:len(batch)]
-        if on_frame or t % LOOK == LOOK - 1:
-            for k in over(codes[rows, :, max(0, t - LOOK + 1):t + 1], fmt.codebook_size + 1, sides):
+        if t % look == look - 1:
+            for k in over(codes[rows, :, t - look + 1:t + 1], fmt.codebook_size + 1, sides):
                 mine = rows[k:k + sides]
                 yield mine[0] // sides, cut(codes[mine, :, :t + 1], text[mine], fmt)
                 for row in reversed(range(k, k + sides)):
@@ -674,6 +679,8 @@ def converse(model, tokenizer, fmt, prompts, speakers, sampler, max_frames, user
                 return
         if on_frame:
             on_frame(fmt.delay + t, text[:, fmt.delay + t].tolist())
+        if bar is not None:
+            bar.update()
         if t + 1 < frames:
             said = batch.said[:len(batch)]
             other = said.unflatten(0, (-1, sides)).flip(1).flatten(0, 1)  # 0 <-> 1, 2 <-> 3, ...
@@ -775,6 +782,10 @@ class Transcript:
             if text[side] == self.silence:
                 self.begin[side], self.texts[side], self.printed[side] = t + 1, [], 0
 
+    def finish(self):
+        """Prints the words that reach up to the last frame."""
+        self(0, [self.silence] * len(self.names))
+
 
 # ---- what the command does ----
 
@@ -793,7 +804,9 @@ def read_prompts(path, voices_file):
         raise InputError(f"{path}: {what}")
     voices = {}
     if Path(voices_file).exists():
-        voices = read_json(voices_file, "prepare.py writes such a file")
+        voices = read_json(voices_file, what := "prepare.py writes such a file")
+        if not isinstance(voices, dict):
+            raise InputError(f"{voices_file}: must hold {{voice: list of numbers}}; {what}")
     for i, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(f"{path}: entry {i} must be a list of two speakers")
@@ -879,7 +892,8 @@ def check_parts(cfg, model, codec, trained):
         raise InputError(f"{cfg.codec} is not the codec that {cfg.model} was trained on "
                          f"(fingerprint {found}, not {trained['codec_fingerprint']}), so its codes "
                          "mean other sounds; give the codec of its data")
-    voices = Path(cfg.voices).parent if cfg.prompts else cfg.data
+    own = cfg.prompts or cfg.user and any(Path(cfg.user).rglob("prompt.json"))
+    voices = Path(cfg.voices).parent if own else cfg.data
     given, needed = ([made.get(key) for key in ("speaker_encoder", "speaker_size")]
                      for made in (made_with(voices), trained))
     if model.speaker_size and None not in given + needed and given != needed:
@@ -1042,14 +1056,15 @@ def make_batch(cfg, model, tokenizer, fmt, codec, jobs, sampling, user, record):
     embeddings = torch.tensor([speaker["embedding"] for speaker in speaking], dtype=torch.float32)
     sampler = Sampler([cfg.seed + number for number, _, _ in jobs], **sampling)
     limit = cfg.max_frames or fmt.max_frames
-    bar = tqdm(total=user[1].shape[1] + fmt.delay if user else limit, unit="frame",
+    bar = tqdm(total=user[1].shape[1] if user else limit - fmt.delay, unit="frame",
                desc=f"dialogues {jobs[0][0]}-{jobs[-1][0]}", disable=len(jobs) == 1)
     transcript = Transcript(tokenizer, [speaker["name"] for speaker in speaking])
     start, frames = time.time(), 0
     for i, rows in converse(model, tokenizer, fmt, [speaker["prompt"] for speaker in speaking],
                             embeddings, sampler, limit, user[1] if user else None,
-                            transcript if bar.disable else lambda t, text: bar.update(),
-                            cfg.may_end):
+                            transcript if bar.disable else None, cfg.may_end, bar):
+        if bar.disable:
+            transcript.finish()
         (_, pair, stem), length = jobs[i], rows[0][0].shape[1]
         frames = max(frames, length + fmt.delay)
         if not length:
@@ -1132,6 +1147,8 @@ def main(argv):
     cfg = load_settings(Config, argv)
     if min(cfg.first, cfg.n, cfg.max_frames) < 0 or cfg.batch < 1 or not 0 <= cfg.listen < math.inf:
         raise InputError("batch is at least 1; first, n, max_frames and listen are 0 or more")
+    if abs(cfg.seed) > 2 ** 60:
+        raise InputError(f"seed={cfg.seed}: must be of at most 18 digits")
     if not -60 <= cfg.level <= 0:
         raise InputError(f"level={cfg.level}: must be from -60 to 0 dB; 0 leaves it as it is")
     use_threads()

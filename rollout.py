@@ -292,7 +292,9 @@ def read_scenes(path, split, dialogues, fmt, axes):
                 raise InputError(f"{path}: the segment {entry} is none; {what}")
             if entry["end"] <= min(length, fmt.max_frames) and entry["user"] in (0, 1):
                 kept[entry["axis"]].append(entry)
-    except (KeyError, TypeError, IndexError) as e:
+    except InputError:
+        raise
+    except (KeyError, TypeError, IndexError, ValueError) as e:
         raise InputError(f"{path}: does not fit the data set ({type(e).__name__}: {e}); {what}") \
             from e
     if missing := [axis for axis in axes if not kept[axis]]:

@@ -314,6 +314,8 @@ def test_situations_that_do_not_fit(tmp_path):
     name = next(iter(raw["situations"]))
     for change, message in (({"ask": "Where is the $nothing?"}, "no slot called nothing"),
                             ({"tell": None}, "trouble with"),
+                            ({"narrative": "$A had a $gone."}, "no slot called gone"),
+                            ({"narrative": "It rained."}, "names neither"),
                             ({"turns": ["Oh no."] * 5}, "has 5 turns; 6 are the least")):
         changed = raw | {"situations": raw["situations"] | {name: raw["situations"][name] | change}}
         path = tmp_path / f"{next(iter(change))}.yaml"

@@ -470,6 +470,10 @@ def test_data_set_through_a_codec(tmp_path, tiny_data, stub, capsys):
     pytest.importorskip("jiwer")
     with pytest.raises(InputError, match="add codec=FILE"):
         evaluate.main([str(tiny_data), f"out={tmp_path}"])
+    others = shutil.copytree(tiny_data, tmp_path / "others")
+    (others / "info.json").write_text('{"codec_fingerprint": "0123"}')
+    with pytest.raises(InputError, match="of another codec .fingerprint 0123"):
+        evaluate.main([str(others), f"codec={GOLDEN}/codec.nemo", f"out={tmp_path}"])
     made = folder_of(tmp_path / "made", np.zeros((2205, 2)))
     first = json.loads((made / "d00.json").read_text())
     settings = {"model": str(GOLDEN / "checkpoint"), "data": str(tiny_data)}
@@ -816,6 +820,13 @@ def test_words_names_and_slots(tmp_path, dialogues, monkeypatch):
     assert figures["known_threes"] == pytest.approx(100 * 3 / 6)
     assert figures["names"] == 50 and figures["slots"] == 50 and evaluate.unseen(dialogue)
     assert evaluate.score_text(dialogue | {"situation": ""}, Settings()) == {}
+
+
+def test_the_whole_narrative_of_a_prompt_is_read():
+    from data import make_prompt
+    told = "You lost a key.\nBob found it."
+    speakers = [{"prompt": make_prompt("Ann", "Bob", told, 1, 0, True)}, {"narrative": "Bob found"}]
+    assert evaluate.narrative_of({"speakers": speakers}) == f"{told} Bob found"
 
 
 def test_n_takes_the_first_and_their_failures(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT
+from conftest import ROOT, write_split
 
 import evaluate
 import fdb
@@ -101,6 +101,23 @@ def test_layout(made):
         assert soundfile.info(path).frames == soundfile.info(path.with_name("input.wav")).frames
 
 
+def test_a_set_without_backchannels_and_one_without_anything(made, tmp_path):
+    rows = load_dialogues(made.parent / "data", "test")
+    def make(name, change):
+        changed = [change(dict(row)) for row in rows.select(range(8))]
+        write_split(tmp_path / name, changed, "test")
+        info = (made.parent / "data" / "info.json").read_text()
+        (tmp_path / name / "info.json").write_text(info)
+        world_fdb.main([f"out={tmp_path / name}_set", f"data={tmp_path / name}", "n=1"])
+    def quiet(row):
+        return row | {"utterances": [u | {"backchannels": []} for u in row["utterances"]]}
+    make("quiet", quiet)
+    assert (tmp_path / "quiet_set/v1_0/synthetic_turn_taking/0/input.wav").exists()
+    assert not (tmp_path / "quiet_set/v1_0/synthetic_backchannel").exists()
+    with pytest.raises(InputError, match="nothing to make a sample of; dialogue 0: "):
+        make("untold", lambda row: row | {"dsu_c1_path": [[]] * 4})
+
+
 def test_what_the_json_says_is_heard(made):
     """Speech inside the times, digital silence outside of them; a telling ends with its file."""
     def level(path, begin, end):
@@ -155,6 +172,10 @@ def test_end_to_end(made, tmp_path, monkeypatch, capsys):
     assert len(heard) == 4 and "takeover rate ↑ (n=1) | 1.000" in capsys.readouterr().out
     evaluate.main(command)
     assert len(heard) == 4  # kept
+    turn = made / "v1_0/synthetic_turn_taking/0"
+    shutil.copy2(turn / "input.wav", turn / "output.wav")  # another answer, of an older time
+    evaluate.main(command)
+    assert len(heard) == 5
     rows = json.loads((tmp_path / "fdb.json").read_text())["rows"]
     found = {name: own[str(made)]["value"] for name, own in rows.items()}
     assert found["synthetic pause handling: takeover rate ↓ (n=1)"] == 1

@@ -292,6 +292,10 @@ def test_bad_input(fails, words, tmp_path):
     voices = {"a": [0.1] * 191 + [float("nan")], "b": [0.1] * 192}
     (tmp_path / "voices.json").write_text(json.dumps(voices))
     refuses("voice 'a' is no list of finite numbers", *words, *prompts())
+    (tmp_path / "list.json").write_text('["a", "b"]')
+    refuses("must hold {voice: list of numbers}", *words, *prompts(),
+            f"voices={tmp_path / 'list.json'}")
+    refuses("must be of at most 18 digits", *words, "seed=9999999999999999999")
     mono = ["--user", tmp_path / "mono.wav"]
     soundfile.write(mono[1], torch.zeros(4000).numpy(), 16000)
     refuses("has one channel, not user_channel=1; leave it out", *words, *mono, "user_channel=1")
@@ -343,6 +347,11 @@ def test_a_growing_word_is_printed_whole(capsys):
         for t, token in enumerate([pad] * start + pieces + [pad]):
             transcript(t, [token])
         assert capsys.readouterr().out.endswith("Ann: zol")
+    transcript = generate.Transcript(tokenizer, ["Ann"])
+    for t, token in enumerate(pieces):  # the dialogue's last frame is the word's
+        transcript(t, [token])
+    transcript.finish()
+    assert capsys.readouterr().out.endswith("Ann: zol")
 
 
 def test_stream_words_of_whole_word_tokens(dialogues):
@@ -409,6 +418,8 @@ def test_which_sampling_counts(words):
     assert sampling_of(asked, stored) == {"temperature": 0.0, "audio_top_k": 7}
     with pytest.raises(InputError, match="known are"):
         sampling_of(generate.Config(), {"sampling": {"heat": 1}})
+    with pytest.raises(InputError, match="temperature='0.9', must be a number"):
+        sampling_of(generate.Config(), {"sampling": {"temperature": "0.9"}})
     refuses("temperature=-0.5, top_k=40", *words, "temperature=-0.5")
 
 

@@ -118,6 +118,7 @@ class CompareSettings:
 # What is said
 
 
+PRONOUN = re.compile(r"\$[AB]_(they|their|them)\b")  # of a narrative
 ALWAYS = ("openings", "fillers", "cut_ins", "backchannels")  # said in every situation
 
 
@@ -154,16 +155,31 @@ def read_situations(path, topics=0):
     except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path}: a situation needs narrative, ask, tell and turns as text (see "
                          f"the top of world/situations.yaml); trouble with {e}") from e
+    if len(world["names"]) < 4:
+        raise InputError(f"{path}: names are {' '.join(world['names'])}; two men's, then two "
+                         "women's are the least")
     if len({s["test_only"] for s in world["situations"].values()}) < 2:
         raise InputError(f"{path}: needs situations with and without test_only")
     for name, s in world["situations"].items():
         if len(s["turns"]) + 1 < TURNS[0]:  # the first of the lines is `tell`
             raise InputError(f"{path}: {name} has {len(s['turns'])} turns; {TURNS[0] - 1} are "
                              "the least")
+        check_narratives(s, f"{path}: {name}")
     if topics:
         trained = [(name, s) for name, s in world["situations"].items() if not s["test_only"]]
         world["situations"] = dict(trained[:topics])
     return world
+
+
+def check_narratives(situation, where):
+    """Raise InputError for a narrative that names nobody, or a slot that is none."""
+    for template in situation["narrative"]:
+        used = set(re.findall(r"\$(\w+)", re.sub(PRONOUN, r"\1", template)))
+        if not used & {"A", "B"}:
+            raise InputError(f"{where}: the narrative {template!r} names neither $A nor $B")
+        if unknown := used - {"A", "B", *situation["slots"]}:
+            raise InputError(f"{where}: the narrative {template!r} has no slot called "
+                             f"{min(unknown)}; add it to slots")
 
 
 def fill(template, slots):
@@ -183,7 +199,7 @@ def narrate(template, slots, you=None):
         template = re.sub(rf"\${you}'s|\${you}_their", "your", template)
         template = re.sub(rf"\${you} was\b", "you were", template)
         template = re.sub(rf"\${you}(_they|_them)?(?![\w])", "you", template)
-    return fill(re.sub(r"\$[AB]_(they|their|them)\b", r"\1", template), slots)
+    return fill(re.sub(PRONOUN, r"\1", template), slots)
 
 
 def families(world, where="the situations"):

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from codec import load_codec, resample, write_audio
+from codec import fingerprint, load_codec, resample, write_audio
 from config import InputError, load_settings, make_folder, write_json
-from data import FRAME_RATE, StreamFormat, event_counts, load_dialogues
+from data import FRAME_RATE, StreamFormat, check_codec, event_counts, load_dialogues
 from fdb import histogram
 from prepare import claim
 from world import bank, segments
@@ -57,7 +57,10 @@ class Settings:
 def choose(dialogues, settings):
     """{axis: `n` segments} with which a dialogue begins, drawn at random; of tellings that ask for
     backchannels the longest."""
-    found, _ = segments.cut_all(dialogues, segments.Settings(data=settings.data))
+    found, reasons = segments.cut_all(dialogues, segments.Settings(data=settings.data))
+    if not any(found.values()):
+        why = next((reason for kind, reason in reasons if kind == "all"), "none is long enough")
+        raise InputError(f"{settings.data} ({settings.split}): nothing to make a sample of; {why}")
     rng, chosen = random.Random(settings.seed), {}
     for axis, own in found.items():
         openings = [segment for segment in own
@@ -198,9 +201,10 @@ def main(argv):
                          "nothing")
     if settings.n < 1 or settings.wait < 0:
         raise InputError("n must be at least 1, and wait not negative")
+    check_codec(settings.data, settings.codec, fingerprint(settings.codec))
     dialogues = load_dialogues(settings.data, settings.split)
     mark = {key: value for key, value in asdict(settings).items() if key != "out"}
-    claim(Path(settings.out) / "fdb.json", mark)
+    claim(Path(settings.out) / "settings.json", mark)
     parts = (load_codec(settings.codec), bank.read_codes(settings.bank)["clips"],
              random.Random(settings.seed))
     chosen = choose(dialogues, settings)
@@ -212,8 +216,9 @@ def main(argv):
             truth[axis][number] = write_sample(segment, number, dialogue, parts, settings)
             bar.update()
     bar.close()
-    write_json(Path(settings.out, TASKS["backchannel"], "icc_gt_distribution.json"),
-               truth["backchannel"])
+    if truth["backchannel"]:
+        write_json(Path(settings.out, TASKS["backchannel"], "icc_gt_distribution.json"),
+                   truth["backchannel"])
     counts = ", ".join(f"{len(own)} of {axis}" for axis, own in chosen.items())
     print(f"{settings.out}: {counts}")
 

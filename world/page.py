@@ -20,9 +20,9 @@ import soundfile
 import torch
 
 import generate
-from codec import load_codec, read_audio, write_audio
+from codec import fingerprint, load_codec, read_audio, write_audio
 from config import InputError, load_settings, make_folder, read_text, write_atomically
-from data import load_dialogues, mark_kind, segments
+from data import KINDS, check_codec, load_dialogues, mark_kind, segments
 from turns import count_events, label_segments, merge_words
 from world import corpus
 
@@ -30,7 +30,6 @@ COUNTS = (0, 2, 5)  # backchannels asked in the same prompt
 LARGEST = 100_000  # bytes of a dialogue's audio
 LEVELS = (0.95, 0.96, 0.97, 0.98, 0.99)  # libsndfile's for Opus: about 36 to 16 kbit/s
 SECOND, LANE = 84, 78  # pixels: of a second, and the height of a speaker's lane
-KINDS = {"backchannels": "backchannel", "interruptions": "interruption"}
 
 
 @dataclass
@@ -107,6 +106,7 @@ def make_dialogues(settings):
 
 def write_partner(row, folder, settings):
     """The second speaker of a data set's dialogue as a recording, partner.wav, and its words."""
+    check_codec(settings.data, settings.codec, fingerprint(settings.codec))
     codec = load_codec(settings.codec)
     codes = torch.tensor(row["dsu_c2_path"])[None]  # (1, K, T)
     write_audio(folder / "partner.wav", codec.decode(codes)[0], codec.sample_rate)
