@@ -99,7 +99,7 @@ from turns import (
 )
 
 KNOWN = 5000  # training dialogues whose texts are the known words: enough to hold every one
-CACHE = 4  # raise when `hear` changes, so that old results are not taken for new ones
+CACHE = 5  # raise when `hear` changes, so that old results are not taken for new ones
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from codec import load_codec, read_audio
 from config import InputError
-from listen import RATE, _windows, recognise, speaker_encoder, to_16k, voiced
+from listen import RATE, _hear_window, _windows, recognise, speaker_encoder, to_16k, voiced
 from world import bank
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,24 @@ def test_windows_hold_what_whisper_reads_at_once():
     groups = _windows(phrases)
     assert [phrase for group in groups for phrase in group] == phrases
     assert [len(group) for group in groups] == [9, 9, 2, 1, 1] and _windows([]) == []
+
+
+def test_a_loop_is_heard_in_halves():
+    """Until a phrase is alone; then the recogniser may not repeat itself."""
+    calls = []
+
+    class Loops:
+        def transcribe(self, heard, no_repeat_ngram_size=0, **_):
+            calls.append(no_repeat_ngram_size)
+            loops = len(heard) > 3 * RATE or heard.max() > 0.5 and not no_repeat_ngram_size
+            word = SimpleNamespace(word="loop" if loops else "yes", start=0.3, end=0.5)
+            return [SimpleNamespace(compression_ratio=3.0 if loops else 1.0, words=[word])], None
+    audio = np.zeros(20 * RATE, np.float32)
+    audio[6 * RATE] = 1.0
+    heard = _hear_window(Loops(), audio, [(1, 2), (3, 4), (5, 7)])
+    assert [(word["word"], word["start"]) for word in heard] == [
+        ("yes", 1.1), ("yes", 3.1), ("yes", 5.1)]
+    assert calls == [0, 0, 0, 0, 0, 4]
 
 
 def test_a_first_uh_huh_is_heard():
