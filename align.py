@@ -236,7 +236,8 @@ def align(row, audio, speech=None):
             raise InputError(f"the text of {name} cannot be aligned to channel {channel}; does the "
                              "transcript belong to the recording, channel 0 = first speaker?")
         for part, span in zip(parts, spans):
-            fill_in(part, span, speech[channel], report, f"{row['file_name']}: {name}")
+            if not part["words"]:  # given ones stay, where the order of the text needs all parts
+                fill_in(part, span, speech[channel], report, f"{row['file_name']}: {name}")
     return report
 
 

@@ -102,7 +102,8 @@ def use_threads(threads=1):
     if "OMP_NUM_THREADS" in os.environ:
         return
     if threads == 0:
-        threads = max(1, count_cores() - round(os.getloadavg()[0]))
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # Windows has none
+        threads = max(1, count_cores() - round(load))
     torch.set_num_threads(threads)
 
 
@@ -149,14 +150,18 @@ def over_cores(function, work, workers=0):
 
 
 def _start_worker():
-    """One thread per process, which ends with the process that started it, even a killed one."""
+    """One thread per process, which ends with its parent."""
     import torch
     torch.set_num_threads(1)
+    end_with_parent()
 
-    def end_with_parent():
+
+def end_with_parent():
+    """Has this process end with the one that started it, even if that is killed."""
+    def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def brief(error, most=150):

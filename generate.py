@@ -794,6 +794,17 @@ SPEAKER_KEYS = {"name": str, "narrative": str, "backchannels": int, "interruptio
                 "starts": bool, "voice": str}
 
 
+def read_voices(path):
+    """{voice: embedding, a list of numbers} of a JSON file. Raises InputError."""
+    voices = read_json(path, what := "prepare.py writes such a file")
+    if not isinstance(voices, dict):
+        raise InputError(f"{path}: must hold {{voice: list of numbers}}; {what}")
+    for name, numbers in voices.items():
+        if not isinstance(numbers, list) or not all(map(is_number, numbers)):
+            raise InputError(f"{path}: voice '{name}' is no list of finite numbers; {what}")
+    return voices
+
+
 def read_prompts(path, voices_file):
     """Own prompts: a JSON list of pairs of speakers (README.md). Returns a list of [speaker,
     speaker] dicts with name, narrative, backchannels, interruptions, starts, voice, prompt,
@@ -802,11 +813,7 @@ def read_prompts(path, voices_file):
     pairs = read_json(path, what)
     if not isinstance(pairs, list) or not pairs:
         raise InputError(f"{path}: {what}")
-    voices = {}
-    if Path(voices_file).exists():
-        voices = read_json(voices_file, what := "prepare.py writes such a file")
-        if not isinstance(voices, dict):
-            raise InputError(f"{voices_file}: must hold {{voice: list of numbers}}; {what}")
+    voices = read_voices(voices_file) if Path(voices_file).exists() else {}
     for i, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(f"{path}: entry {i} must be a list of two speakers")

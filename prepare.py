@@ -124,7 +124,7 @@ COLUMNS = pa.schema([
 # ---- transcripts
 
 
-def read_dialogue(path):
+def read_dialogue(path, raw_folder=""):
     """A raw JSON -> (a dict of COLUMNS without codes and embeddings, notes for the report).
 
     Utterances are sorted by start_time where all have one; marks of noise ([laughter]) are taken
@@ -143,7 +143,8 @@ def read_dialogue(path):
         notes["marked"] = any("uttr_type" in u or u.get("backchannels") for u in raw["utterances"])
         notes["flaws"] = tell_sides(row, raw["narrative"])
         # a recording that doesn't name its voices has two of its own
-        voices = row["tts_speaker_ids"] or [f"{path.stem}_c1", f"{path.stem}_c2"]
+        own = path.relative_to(raw_folder or path.parent).with_suffix("").as_posix()
+        voices = row["tts_speaker_ids"] or [f"{own}_c1", f"{own}_c2"]
         row["tts_speaker_ids"] = [str(voice).strip() for voice in voices]
     except InputError as e:
         raise InputError(f"{path}: {str(e).removeprefix(f'{path}: ')}") from e
@@ -463,7 +464,7 @@ def make_rows(transcript, recording, settings, report):
     codec = codec_on(settings.codec, settings.device)
     audio = read_audio(recording, channels=2, sample_rate=codec.sample_rate)  # (2, samples)
     report["recorded"] = audio.shape[1] / codec.sample_rate
-    row, notes = read_dialogue(transcript)
+    row, notes = read_dialogue(transcript, settings.raw)
     report |= notes
     low = to_16k(audio, codec.sample_rate)
     set_level(torch.from_numpy(low), RATE, LISTENING_LEVEL)
@@ -555,7 +556,9 @@ def find_dialogues(settings):
                          "JSON beside each")
     folders = {split: raw / split for split in SPLITS if (raw / split).is_dir()}
     for other in sorted(raw.iterdir()) if folders else []:
-        if other.is_dir() and other.name not in folders and other.name[0] != ".":
+        kind = other.suffix.lower()
+        if (other.is_dir() and other.name not in folders and other.name[0] != "."
+                or kind == ".json" or kind in AUDIO_SUFFIXES):
             print(f"note: {other} is left out; a split is called {', '.join(SPLITS)}")
     found = {split: pairs(folder) for split, folder in (folders or {settings.split: raw}).items()}
     if not any(found.values()):
@@ -594,16 +597,17 @@ def identity(settings, dialogues):
         "speaker_size": speaker_encoder(settings.speaker_encoder, settings.device)[1],
         **{key: getattr(settings, key) for key in same},
         "dialogues": {split: len(items) for split, items in dialogues.items()},
-        "raw_fingerprint": raw_fingerprint(dialogues)}
+        "raw_fingerprint": raw_fingerprint(settings.raw, dialogues)}
 
 
-def raw_fingerprint(dialogues):
-    """16 hex digits of all names, transcripts and sizes of recordings; of no times of files, which
-    copying changes."""
+def raw_fingerprint(folder, dialogues):
+    """16 hex digits of all names below the raw folder, transcripts and sizes of recordings; not of
+    where the folder lies, nor of times of files, which copying changes."""
     digest = hashlib.sha256()
     for split, items in dialogues.items():
         for transcript, recording in items:
-            digest.update(f"\n{split}/{transcript} {recording} ".encode(errors="surrogateescape"))
+            names = [path and path.relative_to(folder) for path in (transcript, recording)]
+            digest.update(f"\n{split}/{names[0]} {names[1]} ".encode(errors="surrogateescape"))
             with contextlib.suppress(OSError):  # one that cannot be read is dropped in its turn
                 digest.update(f"{recording.stat().st_size} ".encode() if recording else b"")
                 digest.update(transcript.read_bytes() if transcript else b"")
@@ -616,7 +620,7 @@ def first_samples(dialogues, settings):
     found, items = {}, [item for split in dialogues.values() for item in split if all(item)]
     for transcript, recording in tqdm(items, "voices"):
         try:
-            names = read_dialogue(transcript)[0]["tts_speaker_ids"]
+            names = read_dialogue(transcript, settings.raw)[0]["tts_speaker_ids"]
             if all(voice in found for voice in names):
                 continue
             audio = read_audio(recording, channels=2, sample_rate=RATE)

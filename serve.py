@@ -44,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import scipy.signal
 
-from config import InputError, brief, load_settings, make_folder, read_json
+from config import InputError, brief, end_with_parent, load_settings, make_folder
 from ogg import FRAME, FRAME_SECONDS, RATE, OggReader, OggWriter, OpusDecoder, OpusEncoder
 
 try:
@@ -441,7 +441,7 @@ class Talk:
         parts = generate.Config(model=cfg.model, codec=cfg.codec, voices=cfg.voices, prompts="live")
         self.encoder = generate.check_parts(parts, self.model, self.codec, trained)
         self.sampling = generate.sampling_of(parts, trained)
-        self.embeddings = read_json(cfg.voices, "prepare.py writes such a file")
+        self.embeddings = generate.read_voices(cfg.voices)
         self.voices, size = sorted(self.embeddings), self.model.speaker_size
         wrong = [name for name in self.voices if size and len(self.embeddings[name]) != size]
         if wrong or not self.voices:
@@ -460,7 +460,7 @@ class Talk:
     def writer(self):
         """The process that writes recordings."""
         spawn = multiprocessing.get_context("spawn")  # after torch has run threads, a fork may hang
-        return concurrent.futures.ProcessPoolExecutor(1, spawn, initializer=ignore_signals)
+        return concurrent.futures.ProcessPoolExecutor(1, spawn, initializer=start_writer)
 
     def write_out(self, job):
         """Gives the writing process a job of write_recording; to a new one, if it was killed."""
@@ -605,10 +605,12 @@ def tell_lost(stem, error):
               "there is", flush=True)
 
 
-def ignore_signals():
-    """In the writing process: Ctrl-C goes to the server alone, which waits for its recordings."""
+def start_writer():
+    """In the writing process: Ctrl-C goes to the server alone, which waits for its recordings; of a
+    server that is killed nothing stays."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 def write_recording(job):
@@ -790,7 +792,10 @@ class Session:
         """A first message of kind 03 with JSON: takes the place of the query."""
         try:
             given = json.loads(body)
-            given = {name: str(value) for name, value in given.items()}
+            for name, value in given.items():
+                if isinstance(value, (list, dict)):
+                    raise BadParameter(name, "must be text or a number")
+            given = {name: str(value) for name, value in given.items() if value is not None}
             self.wishes = read_wishes(given, self.server.engine.voices)
             self.server.engine.check(self.wishes)
         except (ValueError, AttributeError, RecursionError) as e:  # BadParameter is a ValueError
@@ -990,7 +995,8 @@ class Server:
     def refusal(self, request):
         """The answer to a request that may not become a conversation, or None."""
         origin, host = request.headers.get("Origin"), request.headers.get("Host")
-        allowed = [f"http://{host}", f"https://{host}", *self.cfg.origins.split(",")]
+        named = map(str.strip, self.cfg.origins.split(","))
+        allowed = [f"http://{host}", f"https://{host}", *named]
         if origin and origin not in allowed:
             return problem(403, f"pages of {origin} may not connect", "Origin")
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")

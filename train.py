@@ -253,7 +253,8 @@ def gguf_file(name):
     only looked up."""
     package, _, file = name.partition("/")
     if not Path(name).exists() and package.isidentifier():
-        if spec := importlib.util.find_spec(package):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.submodule_search_locations:  # a folder, not one of our own files
             return Path(spec.submodule_search_locations[0]) / file
     return Path(name)
 

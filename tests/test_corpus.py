@@ -193,6 +193,10 @@ def test_encode_and_compare(made, tmp_path, monkeypatch, capsys):
     out = tmp_path / "bank.safetensors"
     words = [f"codec={tmp_path / 'codec.safetensors'}", f"situations={made / 'small.yaml'}"]
     corpus.main(["encode", f"bank={made / 'bank'}", f"out={out}", *words])
+    monkeypatch.setattr(bank, "FRAME", 1920)  # as if the codec's frames were of another length
+    with pytest.raises(InputError, match="has 22050 Hz, 1764 samples a frame"):
+        bank.codec_of_clips(tmp_path / "codec.safetensors")
+    monkeypatch.undo()
     coded, clips = bank.read_codes(out), corpus.audio_clips(made / "bank")
     for key, clip in coded["clips"].items():
         assert clip["words"] == clips[key]["words"]

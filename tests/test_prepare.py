@@ -164,6 +164,20 @@ def test_alignment_finds_the_synthesisers_times(tmp_path, times):
     assert_near(row, true)
 
 
+def test_given_words_stay_where_a_part_without_times_is_aligned(tmp_path):
+    pytest.importorskip("pocketsphinx")
+    def change(info):
+        given = text()["utterances"][0]["words"]
+        strip(info, times=False)
+        info["utterances"][0]["words"] = [word | {"start": word["start"] + 0.01} for word in given]
+    put(tmp_path, "a", change)
+    row = read(tmp_path / "a.json")
+    before = copy.deepcopy(row["utterances"][0]["words"])
+    align.align(row, sound(), speech())
+    assert row["utterances"][0]["words"] == before
+    assert all(part["words"] for part in align.segments(row, 0))
+
+
 def assert_near(row, true, median=0.1, most=0.4):
     for channel in (0, 1):
         off = []
@@ -596,11 +610,23 @@ def test_resumes_and_refuses_another_make(tmp_path, make, monkeypatch):
         make("shard_size=1")
 
 
+def test_recordings_of_the_same_name_have_voices_of_their_own(tmp_path, make, capsys):
+    for split in ("train", "test"):
+        put(tmp_path / "raw" / split, "a", lambda info: info.pop("tts_speaker_ids", None))
+    put(tmp_path / "raw", "b")
+    make()
+    assert f"{tmp_path}/raw/b.json is left out; a split is called" in capsys.readouterr().out
+    voices = json.loads((tmp_path / "out" / "voices.json").read_text())
+    assert sorted(voices) == ["test/a_c1", "test/a_c2", "train/a_c1", "train/a_c2"]
+
+
 def test_a_corrected_transcript_or_recording_is_seen(tmp_path, make):
-    """A copy of the same is no other one, whatever the times of its files."""
+    """A copy of the same is no other one, wherever it lies and whatever the times of its files."""
     for name in "ab":
         put(tmp_path / "raw", name)
     make()
+    shutil.copytree(tmp_path / "raw", tmp_path / "moved")
+    make(f"raw={tmp_path}/moved")
     put(tmp_path / "raw", "a")
     os.utime(tmp_path / "raw" / "b.ogg", (0, 0))
     make()

@@ -270,13 +270,14 @@ def test_what_stock_clients_send_is_understood():
 def test_settings_as_a_first_message():
     async def client(address, server):
         async with connect(address, events="true") as ws:
-            await ws.send(b'\x03{"text_prompt": "Be kind.", "seed": 5, "format": "pcm"}')
+            await ws.send(b'\x03{"text_prompt": "Be kind.", "seed": 5, "format": "pcm", '
+                          b'"text_temperature": null}')
             await ws.send(b"\x08" + bytes(2 * FRAME))
             kinds = [(await ws.recv())[0] for _ in range(3)]
             (session,) = server.sessions
             wishes = session.wishes
         async with connect(address) as ws:
-            await ws.send(b'\x03{"seed": "x"}')
+            await ws.send(b'\x03{"name": ["a"]}')
             await ws.wait_closed()
             return kinds, wishes, ws.close_code
     kinds, wishes, code = run(client)

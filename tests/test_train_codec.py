@@ -51,6 +51,11 @@ def test_trains_resumes_and_loads(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(train_codec, "crops", real_crops)
     train_codec.main([f"data={raw}", f"out={tmp_path}/killed", "resume=true", *TINY])
 
+    log = tmp_path / "log.csv"
+    log.write_text("step\n50,1\n100,2\n15")
+    train_codec.begin_log(log, 50)  # 100 was behind the checkpoint, the last line is cut off
+    assert log.read_text().splitlines() == [",".join(train_codec.COLUMNS), "50,1", "15"]
+
     codec = load_codec(tmp_path / "whole/codec.safetensors")
     again = load_codec(tmp_path / "killed/codec.safetensors")
     for name, value in codec.state_dict().items():
@@ -61,6 +66,12 @@ def test_trains_resumes_and_loads(raw, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="doesn't fit"):
         train_codec.main([f"data={raw}", f"out={tmp_path}/whole", "resume=true", *TINY,
                           "frame_width=16"])
+    with pytest.raises(InputError, match="steps and seed must not be negative"):
+        train_codec.main([*TINY, "seed=-1"])
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/info.json").write_text("{}")
+    with pytest.raises(InputError, match="info.json: is no clip of a speech bank"):
+        train_codec.main([f"data={tmp_path}", *TINY])
 
     # a padded batch: each item gives what it gives alone, in whole frames
     audio = torch.from_numpy(np.random.default_rng(1).normal(0, 0.1, (3, 8000)).astype("float32"))
@@ -165,7 +176,7 @@ def test_bad_files(raw, tmp_path):
     with pytest.raises(InputError, match="holds no speech"):
         train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY])
     (tmp_path / "train/a.json").write_text("{")
-    with pytest.raises(InputError, match="not valid JSON"):
+    with pytest.raises(InputError, match="is not the JSON of a recording"):
         train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY])
     (tmp_path / "x.safetensors").write_bytes(b"cut off")
     with pytest.raises(InputError, match="not a whole"):

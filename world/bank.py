@@ -25,7 +25,7 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from codec import fingerprint, load_codec
-from config import InputError, make_folder, over_cores, write_atomically
+from config import InputError, brief, make_folder, over_cores, write_atomically
 from listen import to_16k
 from prepare import PrepareSettings, embed
 
@@ -300,10 +300,15 @@ def read_bank(folder):
     """The clips of a bank, by voice and text, each a dict of text, voice, audio (N,) int16 at
     RATE, N whole frames, words [[word, start, end]], phones [[phone, start, end]], in seconds
     from the clip's begin. Raises InputError if there is none."""
-    clips = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*/*.json"))]
-    for clip in clips:
-        recording = _paths(folder, clip["text"], clip["voice"])[0]
-        clip["audio"], _ = soundfile.read(recording, dtype="int16")
+    clips = []
+    for path in sorted(Path(folder).glob("*/*.json")):
+        try:
+            clip = json.loads(path.read_text())
+            recording = _paths(folder, clip["text"], clip["voice"])[0]
+            clips.append(clip | {"audio": soundfile.read(recording, dtype="int16")[0]})
+        except (KeyError, TypeError, ValueError, soundfile.SoundFileError) as e:
+            raise InputError(f"{path}: is no clip of a speech bank ({brief(e)}); make one: "
+                             f"python -m world.corpus bank out={folder}") from e
     if not clips:
         raise InputError(f"{folder}: no speech bank; make one: "
                          f"python -m world.corpus bank out={folder}")
@@ -324,6 +329,15 @@ def check_whole(folder, sentences):
                          f"{text!r} by {voice}; python -m world.corpus bank out={folder} adds them")
 
 
+def codec_of_clips(path):
+    """The codec in the file `path`. Raises InputError where it is of another rate than clips."""
+    codec = load_codec(path)
+    if (codec.sample_rate, codec.samples_per_frame) != (RATE, FRAME):
+        raise InputError(f"{path}: has {codec.sample_rate} Hz, {codec.samples_per_frame} samples "
+                         f"a frame; the bank's clips are of {RATE} Hz and {FRAME}")
+    return codec
+
+
 @torch.inference_mode()
 def encode(sentences, folder, codec_path, out, encoder):
     """The clips of `sentences` through the codec, with one speaker embedding a voice, into the
@@ -334,7 +348,7 @@ def encode(sentences, folder, codec_path, out, encoder):
     """
     check_whole(folder, sentences)
     clips = [clip for clip in read_bank(folder) if clip["text"] in sentences]
-    codec = load_codec(codec_path)
+    codec = codec_of_clips(codec_path)
     groups = collections.defaultdict(list)  # of clips of the same length, coded together
     for n, clip in enumerate(clips):
         groups[len(clip["audio"])].append(n)

@@ -31,7 +31,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from codec import fingerprint, load_codec
+from codec import fingerprint
 from config import (
     InputError,
     load_settings,
@@ -675,7 +675,7 @@ def compare(settings):
     """Prints how many codes of composed dialogues differ from those of the same dialogues' audio
     through the codec."""
     clips, coded = audio_clips(settings.audio), bank.read_codes(settings.bank)
-    codec, world = load_codec(settings.codec), read_situations(settings.situations)
+    codec, world = bank.codec_of_clips(settings.codec), read_situations(settings.situations)
     differ = {"speech": [], "silence": []}
     for i in tqdm(range(settings.n), unit="dialogue"):
         _, pieces, frames = make_dialogue(0, i, world, clips)

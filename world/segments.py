@@ -7,7 +7,7 @@ One speaker of a dialogue is the user, whose channel is a recording; what the ot
 what a model in its place may be measured by. The four kinds are those of "Multi-Faceted
 Interactivity Alignment" (arXiv 2606.11167), found in word times where they use a VAD. The defaults
 fit the small world, where an utterance lasts 2 to 4 s; theirs stand beside them:
-`join=1.0 pause_in=4.0 backchannel_in=5.0 turn=5.0 part=3.0`.
+`join=1.0 gap=0.4 pause_in=4.0 backchannel_in=5.0 turn=5.0 part=3.0`.
 """
 import collections
 import itertools

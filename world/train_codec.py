@@ -122,13 +122,14 @@ def read_recording(path):
     audio = F.pad(audio, (0, -audio.shape[1] % FRAME)).clamp(-1, 1)
     try:
         marks = json.loads(path.with_suffix(".json").read_text()).get("phones")
+        # a recording's phones have durations
+        phones = [[[phone, start, start + duration] for phone, start, duration in channel]
+                  for channel in marks or [()] * len(audio)]
     except OSError:
-        marks = None
-    except ValueError as e:
-        raise InputError(f"{path.with_suffix('.json')}: not valid JSON ({e}); make it again") from e
-    # a recording's phones have durations
-    phones = [[[phone, start, start + duration] for phone, start, duration in channel]
-              for channel in marks or [()] * len(audio)]
+        phones = [()] * len(audio)
+    except (ValueError, TypeError, AttributeError) as e:
+        raise InputError(f"{path.with_suffix('.json')}: is not the JSON of a recording "
+                         f"({brief(e)}); make it again") from e
     return (audio * 32767).short().numpy(), phones
 
 
@@ -355,6 +356,14 @@ def write_row(s, row, eta):
     print(*shown, f"eta {eta:.1f} min", flush=True)
 
 
+def begin_log(path, step):
+    """log.csv with its header; of a training that goes on from `step`, with the rows up to it."""
+    lines = path.read_text().splitlines()[1:] if step and path.exists() else []
+    kept = [line for line in lines if (n := line.split(",")[0]).isdigit() and int(n) <= step]
+    text = "\n".join([",".join(COLUMNS), *kept, ""])
+    write_atomically(path, lambda new: new.write_text(text))
+
+
 def save(s, m, phones, step, spent):
     """The checkpoint and the codec as it is now, each atomic."""
     state = {name: module.state_dict() for name, module in m.items()}
@@ -403,6 +412,8 @@ def main(argv):
     s = load_settings(Settings, argv)
     if min(s.batch, s.crop_frames - 1, s.level - 1, s.minutes, s.warmup) <= 0:
         raise InputError("batch, minutes and warmup must be above 0, crop_frames and level above 1")
+    if min(s.steps, s.seed) < 0:
+        raise InputError("steps and seed must not be negative")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(s.seed)
     state = read_checkpoint(s, device)
@@ -417,8 +428,7 @@ def main(argv):
     if state:
         restore(s, m, state)
     make_folder(s.out)
-    if not state:
-        Path(s.out, "log.csv").write_text(",".join(COLUMNS) + "\n")
+    begin_log(Path(s.out, "log.csv"), state["step"] if state else 0)
     step, spent = (state["step"], state["spent"]) if state else (0, 0.0)
     steps = loop(s, m, clips, held_clips, phones, step, spent, device)
     print(f"{s.out}/codec.safetensors: done after {steps} steps")
