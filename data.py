@@ -522,6 +522,11 @@ def is_usable(dialogue, fmt):
     return True
 
 
+def usable_streams(dialogue, system, tokenizer, fmt):
+    """`streams` of a dialogue, None also where check_dialogue refuses it."""
+    return streams(dialogue, system, tokenizer, fmt) if is_usable(dialogue, fmt) else None
+
+
 def first_usable(dialogues, fmt, limit=0):
     """The first of the dialogues, of the first `limit` if not 0, that can be used. Raises
     InputError if none can."""
@@ -613,6 +618,11 @@ def check_prompt(dialogue, fmt):
 
 def is_number(value):
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def are_numbers(value):
+    """Whether this is a list of finite numbers, as an embedding is."""
+    return isinstance(value, list) and all(map(is_number, value))
 
 
 def marks_events(dialogue):

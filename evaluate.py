@@ -64,12 +64,11 @@ from data import (
     collate,
     instruction,
     is_number,
-    is_usable,
     load_dialogues,
     made_with,
     mark_ids,
     mark_kind,
-    streams,
+    usable_streams,
 )
 from data import segments as segments_of
 from listen import (
@@ -834,7 +833,7 @@ def probe(settings):
         raise InputError(f"model={settings.model}: has no marks in its text stream to be counted")
     expected = {kind: [] for kind in KINDS}
     for row, side in tqdm(itertools.product(rows, (0, 1)), "probe", 2 * len(rows)):
-        item = streams(row, side, tokenizer, fmt) if is_usable(row, fmt) else None
+        item = usable_streams(row, side, tokenizer, fmt)
         for kind in KINDS if item else ():
             prompt, items = instruction(row, side, fmt), []
             for count in range(settings.most + 1):

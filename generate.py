@@ -59,6 +59,7 @@ from data import (
     INTER,
     SILENCE_PAD,
     WORD_PAD,
+    are_numbers,
     check_prompt,
     decision_ids,
     dialogue_name,
@@ -800,7 +801,7 @@ def read_voices(path):
     if not isinstance(voices, dict):
         raise InputError(f"{path}: must hold {{voice: list of numbers}}; {what}")
     for name, numbers in voices.items():
-        if not isinstance(numbers, list) or not all(map(is_number, numbers)):
+        if not are_numbers(numbers):
             raise InputError(f"{path}: voice '{name}' is no list of finite numbers; {what}")
     return voices
 
@@ -918,7 +919,7 @@ def check_pairs(cfg, model, tokenizer, pairs, longest=None):
         for speaker in pair:
             where = f"{cfg.prompts or cfg.data}: dialogue {cfg.first + i}, {speaker['name']}"
             voice, numbers = f"voice '{speaker['voice']}'", speaker["embedding"]
-            if not isinstance(numbers, list) or not all(map(is_number, numbers)):
+            if not are_numbers(numbers):
                 raise InputError(f"{where}: {voice} is no list of finite numbers; make it again "
                                  "with prepare.py")
             if model.speaker_size and len(numbers) != model.speaker_size:

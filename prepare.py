@@ -556,9 +556,8 @@ def find_dialogues(settings):
                          "JSON beside each")
     folders = {split: raw / split for split in SPLITS if (raw / split).is_dir()}
     for other in sorted(raw.iterdir()) if folders else []:
-        kind = other.suffix.lower()
-        if (other.is_dir() and other.name not in folders and other.name[0] != "."
-                or kind == ".json" or kind in AUDIO_SUFFIXES):
+        if other.name not in folders and other.name[0] != "." and (
+                other.is_dir() or other.suffix.lower() in (".json", *AUDIO_SUFFIXES)):
             print(f"note: {other} is left out; a split is called {', '.join(SPLITS)}")
     found = {split: pairs(folder) for split, folder in (folders or {settings.split: raw}).items()}
     if not any(found.values()):

@@ -22,7 +22,7 @@ from data import (
     pad_left,
     prompt_parts,
     spoil,
-    streams,
+    usable_streams,
 )
 from generate import (
     LOOK,
@@ -136,17 +136,11 @@ def teach(batch, scene, t, delay):
         batch.text = torch.where(taught, scene["text"][:, t + delay], batch.text)
 
 
-def usable_streams(run, dialogue, side):
-    """data.streams of a dialogue, None also where it cannot be used."""
-    usable = is_usable(dialogue, run.fmt)
-    return streams(dialogue, side, run.tokenizer, run.fmt) if usable else None
-
-
 def scene_of(run, entry, dialogue, context):
     """What is needed to play a segment, with up to `context` frames in front; None where the
     dialogue cannot be used or the other side's text not be laid out."""
     system = 1 - entry["user"]
-    item = usable_streams(run, dialogue, system)
+    item = usable_streams(dialogue, system, run.tokenizer, run.fmt)
     if item is None:
         return None
     first, d = max(0, entry["begin"] - context), run.fmt.delay
@@ -282,19 +276,17 @@ def read_scenes(path, split, dialogues, fmt, axes):
             raise InputError(f"{path}: is of {found['dialogues']} dialogues, the data set has "
                              f"{len(dialogues)}; {what}")
         for entry in found["segments"]:
+            if (not 0 <= entry["begin"] < entry["end"] or not entry["events"]
+                    or entry["dialogue"] < 0):
+                raise InputError(f"{path}: the segment {entry} is none; {what}")
             length = len(dialogues[entry["dialogue"]]["dsu_c1_path"][0])
             if entry.get("frames", length) != length:  # older files do not tell
                 raise InputError(f"{path}: was cut from another data set, where dialogue "
                                  f"{entry['dialogue']} has {entry['frames']} frames, not {length}; "
                                  f"{what}")
-            if (not 0 <= entry["begin"] < entry["end"] or not entry["events"]
-                    or entry["dialogue"] < 0):
-                raise InputError(f"{path}: the segment {entry} is none; {what}")
             if entry["end"] <= min(length, fmt.max_frames) and entry["user"] in (0, 1):
                 kept[entry["axis"]].append(entry)
-    except InputError:
-        raise
-    except (KeyError, TypeError, IndexError, ValueError) as e:
+    except (KeyError, TypeError, IndexError) as e:
         raise InputError(f"{path}: does not fit the data set ({type(e).__name__}: {e}); {what}") \
             from e
     if missing := [axis for axis in axes if not kept[axis]]:
@@ -320,7 +312,8 @@ def pad_rows(rows, end_token, device):
 def anchor_batch(run, split, keys):
     """Dialogues of the data set, keys [(index, side)], as a batch of data.collate for the
     supervised loss; what the model hears itself say is spoiled as in its training."""
-    items = [usable_streams(run, run.dialogues[split][i], side) for i, side in keys]
+    items = [usable_streams(run.dialogues[split][i], side, run.tokenizer, run.fmt)
+             for i, side in keys]
     if not any(items):
         raise InputError(f"none of the dialogues {keys} of {run.cfg.data} can be laid out")
     batch = collate([item for item in items if item], run.tokenizer.eos_token_id, run.fmt)

@@ -429,6 +429,10 @@ def test_what_is_wrong_is_one_line(folder, start, tmp_path):
     (tmp_path / "s.json").write_text('{"split": "train", "segments": [{"axis": "turn"}]}')
     with pytest.raises(InputError, match="does not fit the data set"):
         start(f"segments={tmp_path}/s.json")
+    entry = {"axis": "turn", "dialogue": "a", "begin": 0, "end": 9, "events": [[0, 9]]}
+    (tmp_path / "s.json").write_text(json.dumps({"split": "train", "segments": [entry]}))
+    with pytest.raises(InputError, match="does not fit the data set"):
+        start(f"segments={tmp_path}/s.json")
     found = json.loads((folder / "train.json").read_text())
     first = len(load_dialogues(folder / "data", "train")[0]["dsu_c1_path"][0])
     for frames, count, message in ((first, 8, ""), (first + 1, 8, "another data set, where dialo"),

@@ -276,12 +276,15 @@ def test_settings_as_a_first_message():
             kinds = [(await ws.recv())[0] for _ in range(3)]
             (session,) = server.sessions
             wishes = session.wishes
-        async with connect(address) as ws:
-            await ws.send(b'\x03{"name": ["a"]}')
-            await ws.wait_closed()
-            return kinds, wishes, ws.close_code
-    kinds, wishes, code = run(client)
-    assert kinds == [serve.HANDSHAKE, serve.EVENT, serve.PCM] and code == 1008
+        codes = []
+        for wrong in (b'{"seed": "x"}', b'{"name": ["a"]}'):
+            async with connect(address) as ws:
+                await ws.send(b"\x03" + wrong)
+                await ws.wait_closed()
+                codes.append(ws.close_code)
+        return kinds, wishes, codes
+    kinds, wishes, codes = run(client)
+    assert kinds == [serve.HANDSHAKE, serve.EVENT, serve.PCM] and codes == [1008, 1008]
     assert (wishes["narrative"], wishes["seed"]) == ("Be kind.", 5)
 
 

@@ -176,7 +176,7 @@ def test_bad_files(raw, tmp_path):
     with pytest.raises(InputError, match="holds no speech"):
         train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY])
     (tmp_path / "train/a.json").write_text("{")
-    with pytest.raises(InputError, match="is not the JSON of a recording"):
+    with pytest.raises(InputError, match="not valid JSON"):
         train_codec.main([f"data={tmp_path}", f"out={tmp_path}/out", *TINY])
     (tmp_path / "x.safetensors").write_bytes(b"cut off")
     with pytest.raises(InputError, match="not a whole"):

@@ -25,7 +25,7 @@ from scipy.signal import resample_poly
 from tqdm import tqdm
 
 from codec import fingerprint, load_codec
-from config import InputError, brief, make_folder, over_cores, write_atomically
+from config import InputError, brief, make_folder, over_cores, read_json, write_atomically
 from listen import to_16k
 from prepare import PrepareSettings, embed
 
@@ -302,8 +302,8 @@ def read_bank(folder):
     from the clip's begin. Raises InputError if there is none."""
     clips = []
     for path in sorted(Path(folder).glob("*/*.json")):
+        clip = read_json(path, f"make a bank: python -m world.corpus bank out={folder}")
         try:
-            clip = json.loads(path.read_text())
             recording = _paths(folder, clip["text"], clip["voice"])[0]
             clips.append(clip | {"audio": soundfile.read(recording, dtype="int16")[0]})
         except (KeyError, TypeError, ValueError, soundfile.SoundFileError) as e:

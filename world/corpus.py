@@ -171,15 +171,20 @@ def read_situations(path, topics=0):
     return world
 
 
+def used_slots(text, slots, where):
+    """The slots of a text, sorted. Raises InputError for one that is none of `slots`."""
+    used = sorted(set(re.findall(r"\$(\w+)", text)))
+    if unknown := [key for key in used if key not in slots]:
+        raise InputError(f"{where}: {text!r} has no slot called {unknown[0]}; add it to slots")
+    return used
+
+
 def check_narratives(situation, where):
     """Raise InputError for a narrative that names nobody, or a slot that is none."""
     for template in situation["narrative"]:
-        used = set(re.findall(r"\$(\w+)", re.sub(PRONOUN, r"\1", template)))
-        if not used & {"A", "B"}:
+        used = used_slots(re.sub(PRONOUN, r"\1", template), {"A", "B", *situation["slots"]}, where)
+        if not {"A", "B"} & set(used):
             raise InputError(f"{where}: the narrative {template!r} names neither $A nor $B")
-        if unknown := used - {"A", "B", *situation["slots"]}:
-            raise InputError(f"{where}: the narrative {template!r} has no slot called "
-                             f"{min(unknown)}; add it to slots")
 
 
 def fill(template, slots):
@@ -212,10 +217,7 @@ def families(world, where="the situations"):
             lines += [(text, situation["slots"] | names) for text in line]
     for text, slots in lines:
         for sentence in sentences_of(text):
-            used = sorted(set(re.findall(r"\$(\w+)", sentence)))
-            if unknown := [key for key in used if key not in slots]:
-                raise InputError(f"{where}: {sentence!r} has no slot called {unknown[0]}; add it "
-                                 "to slots")
+            used = used_slots(sentence, slots, where)
             values = itertools.product(*(slots[key] for key in used))
             yield [fill(sentence, dict(zip(used, one))) for one in values]
 

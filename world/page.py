@@ -82,6 +82,7 @@ def make_dialogues(settings):
     if not 0 < settings.n < len(rows):
         raise InputError(f"n={settings.n}: {settings.data} has {len(rows)} test dialogues; the "
                          "page needs at least one more than n")
+    check_codec(settings.data, settings.codec, fingerprint(settings.codec))
     same = [f"{key}={getattr(settings, key)}"
             for key in ("model", "codec", "data", "max_frames", "seed")]
     same.append(f"voices={settings.data}/voices.json")
@@ -106,7 +107,6 @@ def make_dialogues(settings):
 
 def write_partner(row, folder, settings):
     """The second speaker of a data set's dialogue as a recording, partner.wav, and its words."""
-    check_codec(settings.data, settings.codec, fingerprint(settings.codec))
     codec = load_codec(settings.codec)
     codes = torch.tensor(row["dsu_c2_path"])[None]  # (1, K, T)
     write_audio(folder / "partner.wav", codec.decode(codes)[0], codec.sample_rate)

@@ -16,7 +16,6 @@ Left out of the usual recipe: period discriminators, loss balancing, quantiser d
 steps, sets the schedule: a slower machine trains fewer steps, but always to the end of the decay.
 """
 import copy
-import json
 import math
 import sys
 import time
@@ -33,7 +32,15 @@ from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from codec import AUDIO_SUFFIXES, HOP, STEPS, MiniCodec, mel_filters, read_audio, save_minicodec
-from config import InputError, brief, count_cores, load_settings, make_folder, write_atomically
+from config import (
+    InputError,
+    brief,
+    count_cores,
+    load_settings,
+    make_folder,
+    read_json,
+    write_atomically,
+)
 from world.bank import read_bank
 
 FRAME = STEPS * HOP  # samples
@@ -120,16 +127,14 @@ def read_recording(path):
     empty)."""
     audio = read_audio(path)
     audio = F.pad(audio, (0, -audio.shape[1] % FRAME)).clamp(-1, 1)
-    try:
-        marks = json.loads(path.with_suffix(".json").read_text()).get("phones")
-        # a recording's phones have durations
+    note = path.with_suffix(".json")
+    info = read_json(note, "make it again") if note.exists() else {}
+    try:  # a recording's phones have durations
         phones = [[[phone, start, start + duration] for phone, start, duration in channel]
-                  for channel in marks or [()] * len(audio)]
-    except OSError:
-        phones = [()] * len(audio)
+                  for channel in info.get("phones") or [()] * len(audio)]
     except (ValueError, TypeError, AttributeError) as e:
-        raise InputError(f"{path.with_suffix('.json')}: is not the JSON of a recording "
-                         f"({brief(e)}); make it again") from e
+        raise InputError(f"{note}: is not the JSON of a recording ({brief(e)}); make it "
+                         "again") from e
     return (audio * 32767).short().numpy(), phones
 
 
@@ -351,7 +356,8 @@ def code_use(codes, size):
 def write_row(s, row, eta):
     """One line of log.csv, and the same to the screen. eta: minutes."""
     with open(f"{s.out}/log.csv", "a") as log:
-        print(",".join(f"{row[name]:.5g}" if name in row else "" for name in COLUMNS), file=log)
+        print(row["step"], *(f"{row[name]:.5g}" if name in row else "" for name in COLUMNS[1:]),
+              sep=",", file=log)  # the step in full: begin_log reads it
     shown = [f"{name} {row[name]:.4g}" for name in COLUMNS if name in row]
     print(*shown, f"eta {eta:.1f} min", flush=True)
 
